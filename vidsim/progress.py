@@ -5,7 +5,9 @@ import sys
 import tqdm
 
 
-def bar(iterable=None, *, total=None, desc: str = "", unit: str = "it", initial: int = 0) -> tqdm.tqdm:
+def bar(
+    iterable=None, *, total=None, desc: str = "", unit: str = "it", initial: int = 0
+) -> tqdm.tqdm:
     """A `tqdm` bar on stderr with rate and time left; on no terminal it prints once a minute."""
     terminal = sys.stderr.isatty()
     return tqdm.tqdm(

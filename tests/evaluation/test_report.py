@@ -1,0 +1,203 @@
+import base64
+import html
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vidsim import files
+from vidsim.data import video
+from vidsim.errors import InputError
+from vidsim.evaluation import figures, report
+
+EVIL = "a <script>alert('x')</script> ball & \"quotes\""
+
+
+def ball_clip(frames, height, width, *, speed=2.0, seed=0):
+    """A disc that moves right over a plain ground: uint8 [T, H, W, 3]."""
+    color, ground = np.random.default_rng(seed).integers(40, 230, (2, 3))
+    y_H1, x_W = np.mgrid[:height, :1][0], np.arange(width)
+    centers = 8 + (speed * np.arange(frames)) % (width - 16)
+    inside = np.stack([(x_W - c) ** 2 + (y_H1 - height / 2) ** 2 < 36 for c in centers])
+    return np.where(inside[..., None], color, ground).astype(np.uint8)
+
+
+def make_run(run):
+    """A run folder as the stages of an experiment leave it."""
+
+    def sample(name, frames, height, width, *, speed=2.0, **facts):
+        path, seed = run / "samples" / name, facts.get("seed", 0)
+        pixels = ball_clip(frames, height, width, speed=speed, seed=seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            video.write_image(path, pixels[0])
+        else:
+            video.write_video(path, pixels, 8.0)
+        size = {"width": width, "height": height, "frames": frames, "fps": 8.0}
+        if facts:
+            row = {"mode": "text", **facts, **size, "steps": 20, "guidance_scale": 3.0}
+            files.write_json(path.with_suffix(".json"), row)
+
+    for step in (100, 400, 1600):
+        folder, speed = f"step_{step:06d}", step / 600
+        sample(f"{folder}/00.mp4", 17, 48, 64, speed=speed, prompt=EVIL, seed=3)
+        sample(f"{folder}/01.mp4", 17, 64, 48, speed=speed, prompt="a tall clip", seed=4)
+        sample(f"{folder}/02.png", 1, 64, 64, prompt="a still ball", seed=5)
+    sample("final/00.mp4", 17, 48, 64, prompt="a red ball moves right", seed=6)
+    sample("final/01.png", 1, 48, 64, prompt="a green ball", seed=7)
+    sample("final/02_input.png", 1, 48, 64)
+    given = "samples/final/02_input.png"
+    sample("final/02.mp4", 17, 48, 64, prompt="it moves", mode="animate", seed=8, input=given)
+    given = "samples/final/00.mp4"
+    sample("final/03.mp4", 33, 48, 64, prompt="and on", mode="extend", seed=9, input=given)
+    for i, kind in enumerate(("uniform", "collision", "parabola")):
+        sample(f"physics/{i:02d}_real.mp4", 17, 48, 64)
+        sample(f"physics/{i:02d}_extended.mp4", 17, 48, 64, speed=1.5)
+        facts = {"source": f"clip_{i:05d}.mp4", "caption": EVIL, "kind": kind}
+        facts |= {"velocity_error": 0.41, "frozen": 1.9}
+        files.write_json(run / f"samples/physics/{i:02d}.json", facts)
+        sample(f"vae/{i:02d}_real.mp4", 17, 48, 64)
+        sample(f"vae/{i:02d}_reconstructed.mp4", 17, 48, 64)
+        files.write_json(run / f"samples/vae/{i:02d}.json", {"psnr_db": 31.25 + i})
+    for stage in ("vae", "dit"):
+        rows = []
+        for step in range(10, 1610, 10):
+            loss = 2 * math.exp(-step / 400) + 0.2 + 0.05 * math.sin(step)
+            rows.append({"step": step, "loss": loss, "steps_per_second": 2.1, "split": "train"})
+            if step % 200 == 0:
+                by_time = {f"val/loss_t{t}": loss * t + 0.1 for t in (0.1, 0.5, 0.9)}
+                rows.append({"step": step, "val/loss": loss * 1.1, **by_time})
+        files.write_jsonl(run / stage / "metrics.jsonl", rows)
+    numbers = {"velocity_error": 0.52, "floor": 0.09, "frozen": 1.93, "wrong_prompt": 1.41}
+    kinds = {kind: {**numbers, "clips": 8} for kind in ("collision", "parabola", "uniform")}
+    files.write_json(
+        run / "evaluation.json",
+        {
+            "vae": {"psnr_db": 32.41, "object_psnr_db": 24.9},
+            "physics": {**numbers, "clips": 24, "per_kind": kinds},
+        },
+    )
+    files.write_json(run / "stages.json", {"vae": {"seconds": 310.4}, "dit": {"seconds": 3890.0}})
+    dit = {"width": 192, "depth": 6, "parameters": 2812345}
+    files.write_json(run / "config.json", {"name": "quickstart", "seed": 0, "dit": dit})
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def page(run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("page") / "report.html"
+    assert report.write(run, out) == out
+    return out.read_text(encoding="utf-8")
+
+
+def test_page_loads_nothing(page):
+    assert "http://" not in page and "https://" not in page
+    assert set(re.findall(r'\b(?:src|href)="([^"]{5})', page)) <= {"data:"} | {
+        link[:5] for link in re.findall(r'href="(#[^"]+)"', page)
+    }
+    assert not re.search(r"url\((?!#)", page) and "@import" not in page
+
+
+def test_every_video_and_picture_is_embedded(run, page):
+    paths = [*run.glob("samples/*/*.mp4"), *run.glob("samples/*/*.png")]
+    assert len(paths) == 9 + 5 + 6 + 6
+    for path in paths:
+        assert base64.b64encode(path.read_bytes()).decode() in page, path
+
+
+def test_each_mode_has_its_samples(page):
+    titles = re.findall("<h3>(.*?)</h3>", page)[:4]
+    assert titles == [
+        "Video from text",
+        "Image from text",
+        "An image, animated",
+        "A video, extended",
+    ]
+
+
+def test_texts_are_escaped(page):
+    assert html.escape(EVIL) in page
+    assert "<script>alert" not in page
+    assert page.count("<script>") == 1
+
+
+def test_numbers_and_facts_are_shown(page):
+    for text in ("32.4 dB", "24.9 dB", "0.52", "1.93", "step 1,600", "given 5 of 17 frames"):
+        assert text in page, text
+    for text in ("1 h 10 min", "2,812,345", "seed 3 · 64×48 · 17 frames at 8 fps", "parabola"):
+        assert text in page, text
+
+
+def test_curves_are_drawn_in_the_colour_of_the_page(page):
+    assert page.count("over training steps") == 2 * 3
+    assert "currentColor" in page and "#010203" not in page
+    assert "t = 0.9" in page
+
+
+def test_empty_run_says_what_is_missing(tmp_path):
+    page = report.write(tmp_path, tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    for name in ("evaluation.json", "samples/final", "dit/metrics.jsonl", "config.json"):
+        assert name in page, name
+    assert "<video" not in page and "<svg" not in page
+
+
+def test_missing_folder_is_an_input_error(tmp_path):
+    with pytest.raises(InputError, match="nowhere"):
+        report.write(tmp_path / "nowhere", tmp_path / "report.html")
+
+
+def test_unfinished_run_shows_what_exists(tmp_path):
+    run = make_run(tmp_path / "run")
+    files.write_json(run / "evaluation.json", {"vae": {"psnr_db": 30.0}})
+    (run / "samples/step_000400/01.mp4").unlink()
+    (run / "samples/physics/01_extended.mp4").unlink()
+    (run / "samples/physics/02_real.mp4").write_bytes(b"no video")
+    (run / "samples/final/02_input.png").unlink()
+    with (run / "dit/metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"step": 1610, "lo')
+    page = report.write(run, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "none at step 400" in page
+    assert "01_extended.mp4 is not written" in page
+    assert "02_real.mp4: " in page
+    assert "the input samples/final/02_input.png is not in the run folder" in page
+    assert "needs the true motion" in page
+
+
+def test_input_outside_the_run_folder_is_not_read(tmp_path):
+    secret = tmp_path / "secret.png"
+    video.write_image(secret, ball_clip(1, 32, 32)[0])
+    sample = tmp_path / "run/samples/final/00.png"
+    video.write_image(sample, ball_clip(1, 32, 32, seed=1)[0])
+    files.write_json(sample.with_suffix(".json"), {"mode": "animate", "input": "../secret.png"})
+    page = report.write(tmp_path / "run", tmp_path / "report.html").read_text(encoding="utf-8")
+    assert base64.b64encode(secret.read_bytes()).decode() not in page
+
+
+def test_curves_keep_the_later_value_of_a_repeated_step_and_drop_what_is_not_finite():
+    rows = [
+        {"step": 1, "loss": 3.0, "split": "train", "val/psnr_db": math.nan},
+        {"step": 2, "loss": 9.0},
+        json.loads('{"step": 2, "loss": 2.0, "val/loss": 2.5, "val/loss_t0.9": 1.0}'),
+    ]
+    assert figures.training_curves(rows) == {
+        "loss": {"training": {1: 3.0, 2: 2.0}, "validation": {2: 2.5}},
+        "loss by diffusion time": {"t = 0.9": {2: 1.0}},
+    }
+
+
+def test_contact_sheet_enlarges_frames_by_whole_factors(tmp_path):
+    clips = [ball_clip(17, 48, 64), ball_clip(1, 64, 48)]
+    figures.contact_sheet(clips, ["a clip of balls", "an image"], tmp_path / "sheet.png", columns=4)
+    with Image.open(tmp_path / "sheet.png") as image:
+        sheet = np.asarray(image.convert("RGB"))
+    enlarged = clips[0][-1].repeat(3, axis=0).repeat(3, axis=1)
+    left = 190 + 3 * (64 * 3 + 6)
+    np.testing.assert_array_equal(sheet[6 : 6 + 144, left : left + 192], enlarged)

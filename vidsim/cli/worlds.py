@@ -1,0 +1,22 @@
+"""Renders the captioned world of an experiment: mp4 and png files, captions, ground truth."""
+
+from absl import flags
+from ml_collections import config_flags
+
+from vidsim.errors import InputError
+from vidsim.worlds import physics
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Experiment file with a `world` section.")
+    flags.DEFINE_string("out", None, "Folder that the world is written to.", required=True)
+    flags.mark_flag_as_required("config")
+
+
+def main() -> dict:
+    if "world" not in FLAGS.config:
+        raise InputError("the experiment has no section `world`; add one or choose another file")
+    counts = physics.write(physics.Config(**FLAGS.config.world), FLAGS.out)
+    return {**counts, "out": FLAGS.out}

@@ -1,0 +1,320 @@
+"""Videos and images as arrays: probing, reading by time stamps, writing, resizing.
+
+In memory a video is uint8 `[T, H, W, 3]` (red, green, blue; upright), an image is a video of one
+frame. Videos are read by PyAV with one thread, images (png, jpg, webp, gif, ...) by Pillow.
+
+T frames, H height, W width, C channels.
+"""
+
+import dataclasses
+import fractions
+import io
+import itertools
+import math
+import os
+import pathlib
+import tempfile
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from PIL import Image, ImageOps
+
+from vidsim.data import packets
+from vidsim.data.packets import DecodeError, Source
+from vidsim.errors import InputError
+from vidsim.files import atomic_path
+
+# Exact rounding takes ten times as long as this, which is at most 1 of 255 darker.
+_READING = int(Interpolation.BILINEAR)
+_RESIZING = int(Interpolation.AREA | Interpolation.ACCURATE_RND)
+_WRITING = int(Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP)
+_BT709, _LIMITED_RANGE = 1, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """Width and height are those after rotation; an image has 1 frame, 1 frame/s and 0 seconds."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float  # mean frames/s
+    duration: float  # seconds
+    rotation: int  # degrees counterclockwise that make the stored picture upright
+    codec: (
+        str  # "h264", "vp9", ...; "image/png", ... when it is an image file, even an animated one
+    )
+
+    @property
+    def is_image_file(self) -> bool:
+        return self.codec.startswith("image/")
+
+
+def probe(source: Source) -> VideoInfo:
+    """Reads the container and decodes the first frame only.
+
+    Raises:
+        DecodeError: with a one-line reason.
+    """
+    if (image := _open_image(source)) is not None:
+        video_THWC, _, duration = _read_image(image)
+        frames, height, width, _ = video_THWC.shape
+        fps = frames / duration if duration else 1.0
+        codec = f"image/{image.format.lower()}"
+        return VideoInfo(width, height, frames, fps, duration, 0, codec)
+    with packets.open_video(source) as (container, stream):
+        track = packets.scan(container, stream)
+    with packets.open_video(source) as (container, stream):
+        incoming = packets.video_packets(container, stream)
+        frame = next(packets.decode(stream, itertools.islice(incoming, track.keys[0], None)), None)
+        if frame is None:
+            raise DecodeError("holds no frame that decodes")
+        rotation = _rotation(frame)
+        width, height = frame.width, frame.height
+        codec = packets.codec_name(stream)
+    if rotation % 180:
+        width, height = height, width
+    return VideoInfo(width, height, track.frames, track.fps, track.duration, rotation, codec)
+
+
+def read_frames(
+    source: Source,
+    *,
+    start: int = 0,
+    count: int | None = None,
+    fps: float | None = None,
+    within: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Decodes upright frames, uint8 `[T, H, W, 3]`.
+
+    Without `fps`, `start` and `count` number the stored frames in the order of their time stamps.
+    With it they number the instants k / fps seconds, each of which shows the nearest frame at or
+    before it. `within`, (first, frames), limits all of this to a part of the stored frames, as
+    records of clips need it. Decoding begins at the key frame before the first frame asked for.
+    Beyond the end fewer than `count` frames come back, never none.
+
+    Raises:
+        DecodeError: with a one-line reason.
+        InputError: when the arguments ask for what is not there.
+    """
+    if start < 0 or (count is not None and count < 1) or (fps is not None and not fps > 0):
+        raise InputError(f"{start=}, {count=}, {fps=}: give start >= 0, count >= 1 and fps > 0")
+    if (image := _open_image(source)) is not None:
+        video_THWC, times, duration = _read_image(image)
+        return video_THWC[_frame_numbers(times, duration, start, count, fps, within)]
+    with packets.open_video(source) as (container, stream):
+        kept = []
+        track = packets.scan(container, stream, kept)
+        numbers = _frame_numbers(track.times, track.duration, start, count, fps, within)
+        found = dict.fromkeys(numbers)
+        frames = packets.decode(stream, kept[track.key_before(numbers[0]) :])
+        reformatter = VideoReformatter()
+        for number, frame in packets.numbered(track, frames):
+            if number in found:
+                found[number] = _upright(frame, reformatter)
+            if found[numbers[-1]] is not None:
+                break
+    missing = [number for number, image in found.items() if image is None]
+    if missing:
+        raise DecodeError(
+            f"breaks off: frame {missing[0]} of {track.frames} declared frames does not decode"
+        )
+    if len({image_HWC.shape for image_HWC in found.values()}) > 1:
+        raise DecodeError("changes its frame size midway")
+    return np.stack([found[number] for number in numbers])
+
+
+def check(source: Source) -> int:
+    """Decodes everything, keeps nothing, and returns the number of frames.
+
+    Raises:
+        DecodeError: when a declared frame is damaged or missing.
+    """
+    if (image := _open_image(source)) is not None:
+        return len(_read_image(image)[0])
+    with packets.open_video(source) as (container, stream):
+        kept = []
+        track = packets.scan(container, stream, kept)
+        decoded, sizes = set(), set()
+        frames = packets.decode(stream, kept[track.keys[0] :])
+        for number, frame in packets.numbered(track, frames):
+            decoded.add(number)
+            sizes.add((frame.width, frame.height))
+    if len(decoded) < track.frames:
+        raise DecodeError(f"breaks off: {len(decoded)} of {track.frames} declared frames decode")
+    if len(sizes) > 1:
+        raise DecodeError("changes its frame size midway")
+    return track.frames
+
+
+def write_video(path: str | os.PathLike, video_THWC: np.ndarray, fps: float) -> None:
+    """Writes an h264 mp4 (yuv420p, BT.709, crf 12) for browsers; same frames, same bytes.
+
+    Raises:
+        InputError: when the frames are not uint8 [T, H, W, 3] of even H and W, which yuv420p needs.
+    """
+    video_THWC = np.asarray(video_THWC)
+    if video_THWC.dtype != np.uint8 or video_THWC.ndim != 4 or video_THWC.shape[-1] != 3:
+        raise InputError(
+            f"a video of {video_THWC.dtype} {list(video_THWC.shape)} is not uint8 [T, H, W, 3];"
+            " scale it to 0..255, round it and move the colours last"
+        )
+    frames, height, width, _ = video_THWC.shape
+    if not frames or not height or not width or height % 2 or width % 2:
+        raise InputError(
+            f"{frames} frames of height {height} and width {width} cannot be an mp4, which needs"
+            f" frames of even sizes; resize to {height + height % 2}x{width + width % 2}"
+            " or write images"
+        )
+    if not fps > 0:
+        raise InputError(f"{fps=} is not positive; give frames per second")
+    rate = fractions.Fraction(fps).limit_denominator(1001)
+    muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
+    # Without B-frames, because x264's lookahead does not decide on them the same way every time.
+    encoding = {"crf": "12", "preset": "fast", "threads": "1", "x264-params": "bframes=0"}
+    reformatter = VideoReformatter()
+    with (
+        atomic_path(path) as temporary,
+        av.open(os.fspath(temporary), "w", format="mp4", options=muxing) as container,
+    ):
+        stream = container.add_stream("libx264", rate=rate, options=encoding)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        # A key frame every two seconds keeps seeks short.
+        stream.codec_context.gop_size = max(1, round(2 * rate))
+        stream.codec_context.colorspace = _BT709
+        stream.codec_context.color_primaries = _BT709
+        stream.codec_context.color_trc = _BT709
+        stream.codec_context.color_range = _LIMITED_RANGE
+        for image_HWC in video_THWC:
+            frame = reformatter.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24"),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=_WRITING,
+                threads=1,
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def encode_video(video_THWC: np.ndarray, fps: float) -> bytes:
+    """The bytes that `write_video` writes, for instance for a data: URI."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "video.mp4"
+        write_video(path, video_THWC, fps)
+        return path.read_bytes()
+
+
+def write_image(path: str | os.PathLike, image_HWC: np.ndarray) -> None:
+    """Writes uint8 `[H, W, 3]` in the format of the path's ending; png keeps every bit."""
+    image_HWC = np.asarray(image_HWC)
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[-1] != 3:
+        raise InputError(
+            f"an image of {image_HWC.dtype} {list(image_HWC.shape)} is not uint8 [H, W, 3];"
+            " scale it to 0..255, round it and move the colours last"
+        )
+    with atomic_path(path) as temporary:
+        Image.fromarray(image_HWC).save(temporary)
+
+
+def fit(video_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Crops the centre to the aspect ratio, as little as possible, and resizes by area.
+
+    A pixel becomes the mean of the part of the source that it covers; where that is less than a
+    source pixel, it is interpolated linearly. A video of that size already is returned as it is.
+    """
+    _, H, W, _ = video_THWC.shape
+    if (height, width) == (H, W):
+        return video_THWC
+    scale = min(H / height, W / width)
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = (H - rows) // 2, (W - columns) // 2
+    cropped_THWC = video_THWC[:, top : top + rows, left : left + columns]
+    out_THWC = np.empty((len(video_THWC), height, width, 3), np.uint8)
+    reformatter = VideoReformatter()
+    for image_HWC, out_HWC in zip(cropped_THWC, out_THWC, strict=True):
+        frame = reformatter.reformat(
+            av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24"),
+            width=width,
+            height=height,
+            interpolation=_RESIZING,
+            threads=1,
+        )
+        out_HWC[:] = frame.to_ndarray()
+    return out_THWC
+
+
+def _frame_numbers(times, duration, start, count, fps, within) -> list[int]:
+    first, frames = within if within is not None else (0, len(times))
+    if first < 0 or frames < 1 or first + frames > len(times):
+        raise InputError(f"{within=} is no part of {len(times)} frames; give (first, frames)")
+    end = times[first + frames] if first + frames < len(times) else duration
+    times, length = times[first : first + frames] - times[first], end - times[first]
+    total = frames if fps is None else max(1, math.ceil((length - packets.SAME_TIME) * fps))
+    if start >= total:
+        raise InputError(f"{start=} is beyond the last of {total} frames; give less than {total}")
+    numbers = np.arange(start, total if count is None else min(total, start + count))
+    if fps is not None:
+        numbers = np.searchsorted(times, numbers / fps + packets.SAME_TIME, side="right") - 1
+    return [first + int(number) for number in numbers]
+
+
+def _rotation(frame: av.VideoFrame) -> int:
+    return round(frame.rotation / 90) * 90
+
+
+def _upright(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    rgb = reformatter.reformat(frame, format="rgb24", interpolation=_READING, threads=1)
+    return np.rot90(rgb.to_ndarray(), k=_rotation(frame) // 90)
+
+
+# Images
+
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+_ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+
+
+def _open_image(source: Source) -> Image.Image | None:
+    """A Pillow image, or None when the first bytes are not those of an image."""
+    with packets.open_file(source) as file:
+        head = file.read(12)
+        brand = head[8:12] if head[4:8] == b"ftyp" else b""
+        if brand in (b"heic", b"heix", b"hevx", b"mif1", b"msf1"):
+            raise DecodeError(
+                "is a HEIF image, which cannot be read here; convert it to jpg or png"
+            )
+        webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+        if not (head.startswith(_MAGIC) or webp or brand in (b"avif", b"avis")):
+            return None
+        data = head + file.read()
+    try:
+        return Image.open(io.BytesIO(data))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DecodeError(f"is a damaged image: {error}") from error
+
+
+def _read_image(image: Image.Image) -> tuple[np.ndarray, np.ndarray, float]:
+    """Frames [T, H, W, 3], their times in seconds, and the duration in seconds (0 for a still)."""
+    frames, ends = [], [0.0]
+    try:
+        for number in range(getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1):
+            image.seek(number)
+            frames.append(_rgb(ImageOps.exif_transpose(image)))
+            # Browsers show a frame without a duration for 100 ms.
+            ends.append(ends[-1] + (image.info.get("duration") or 100) / 1000)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DecodeError(f"is a damaged image: {error}") from error
+    return np.stack(frames), np.array(ends[:-1]), ends[-1] if len(frames) > 1 else 0.0
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """Red, green and blue of 8 bits, on white where the image is transparent."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 255
+        grey_HW = np.clip(np.asarray(image).astype(np.int64) // 257, 0, 255).astype(np.uint8)
+        return np.repeat(grey_HW[..., None], 3, axis=-1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("RGB"))

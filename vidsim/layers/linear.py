@@ -1,0 +1,42 @@
+"""The linear map and the SwiGLU of every model here: no biases, logical axes on every kernel."""
+
+import jax
+from flax import nnx
+
+from vidsim.layers.parameter import parameter
+
+xavier = nnx.initializers.xavier_uniform()
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel, in x's dtype, without bias.
+
+    `axes` are the logical axes of the kernel (input, output), which `parallel/sharding.py` maps to
+    the mesh.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        rngs: nnx.Rngs,
+        init=xavier,
+    ):
+        self.kernel = parameter(init, (in_features, out_features), axes=axes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.gate = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
+        self.up = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
+        self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -1,0 +1,13 @@
+"""How every learned array here is made: float32, with the logical axes that sharding rules map."""
+
+import jax.numpy as jnp
+from flax import nnx
+
+
+def parameter(init, shape: tuple[int, ...], *, axes: tuple[str | None, ...], rngs) -> nnx.Param:
+    """A float32 `nnx.Param` that carries its logical axes as metadata.
+
+    `parallel/sharding.py` maps the axes to the mesh when the state is made; nothing here needs one.
+    """
+    value = init(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)

@@ -1,0 +1,184 @@
+"""The diffusion transformer: one stream of text tokens and spacetime patches in packed rows.
+
+    x = project(patches) + project(text features)
+    x = x + gate_a * attention(scale_a * norm(x) + shift_a)        per block, adaLN-single with a
+    x = x + gate_m * swiglu(scale_m * norm(x) + shift_m)           learned bias (arXiv:2310.00426)
+    x0_hat = head(scale * norm(x) + shift)
+
+Every token has a diffusion time of its own, by index: a row holds at most M segments and a segment
+at most three times, so the modulation is computed for [B, M, 3] and gathered.
+"""
+
+# B batch (rows), L tokens, P patch values, D width, N heads, K head dim, M segments a row
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidsim.attention import segments
+from vidsim.errors import InputError
+from vidsim.layers.linear import Linear, SwiGLU
+from vidsim.layers.norms import rms_normalise
+from vidsim.layers.parameter import parameter
+from vidsim.layers.rotary import angles, rotate
+from vidsim.layers.time_embedding import TimeEmbedding
+from vidsim.text import encoder
+
+MODULATIONS = 6  # shift, scale, gate of attention and of the MLP
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    width: int
+    depth: int
+    heads: int
+    mlp_hidden: int
+    patch: int  # latents along a side of one token
+    prediction: str  # what the head predicts: x0 or velocity
+    remat: str  # one of REMAT_POLICIES
+    dtype: str  # of activations; norms, softmax and the loss are float32
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width // self.heads % 2:
+            raise InputError(
+                f"width={self.width} over heads={self.heads} is not an even head dimension; "
+                "choose a width that is a multiple of twice the heads"
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise InputError(f"remat={self.remat!r} is none of {sorted(REMAT_POLICIES)}")
+
+
+class Tokens(NamedTuple):
+    """What the transformer must know of each token besides its content.
+
+    `segment_ids_BL` 0 is padding; 1..M are the samples of the row. `positions_BL3` are in rotary
+    units. `time_index_BL` chooses among the three times of the token's segment.
+    """
+
+    segment_ids_BL: jax.Array
+    positions_BL3: jax.Array
+    is_text_BL: jax.Array
+    time_index_BL: jax.Array
+
+
+def patchify(latents_tHWC, patch: int):
+    """Latents [t, h, w, c] to tokens [t * h/p * w/p, p * p * c]; numpy or jax."""
+    t, h, w, c = latents_tHWC.shape
+    x = latents_tHWC.reshape(t, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, patch * patch * c)
+
+
+def unpatchify(patches_LP, grid: tuple[int, int, int], patch: int):
+    """The inverse of `patchify`; `grid` is (t, h, w) in latents."""
+    t, h, w = grid
+    x = patches_LP.reshape(t, h // patch, w // patch, patch, patch, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(t, h, w, -1)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width, self.heads = config.width, config.heads
+        axes = ("embed", "heads")
+        self.query = Linear(width, width, axes=axes, rngs=rngs)
+        self.key = Linear(width, width, axes=axes, rngs=rngs)
+        self.value = Linear(width, width, axes=axes, rngs=rngs)
+        self.out = Linear(width, width, axes=("heads", "embed"), rngs=rngs)
+        self.mlp = SwiGLU(width, config.mlp_hidden, rngs=rngs)
+        ones = nnx.initializers.ones
+        head_dim = width // config.heads
+        self.query_scale = parameter(ones, (head_dim,), axes=(None,), rngs=rngs)
+        self.key_scale = parameter(ones, (head_dim,), axes=(None,), rngs=rngs)
+        # Gates start at zero through this bias: the whole network begins as the identity.
+        zeros = nnx.initializers.zeros
+        self.modulation = parameter(zeros, (MODULATIONS, width), axes=(None, None), rngs=rngs)
+
+    def __call__(self, x_BLD, modulation_BL6D, tokens: Tokens):
+        B, L, D = x_BLD.shape
+        modulation = modulation_BL6D + self.modulation[...].astype(x_BLD.dtype)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
+            modulation[:, :, i] for i in range(MODULATIONS)
+        )
+        h = rms_normalise(x_BLD) * (1 + scale_a) + shift_a
+        q, k, v = (f(h).reshape(B, L, self.heads, -1) for f in (self.query, self.key, self.value))
+        rotation = angles(tokens.positions_BL3, D // self.heads)
+        q = rotate(rms_normalise(q) * self.query_scale[...].astype(q.dtype), rotation)
+        k = rotate(rms_normalise(k) * self.key_scale[...].astype(k.dtype), rotation)
+        attended = segments.attend(q, k, v, tokens.segment_ids_BL)
+        x_BLD = x_BLD + gate_a * self.out(attended.reshape(B, L, D))
+        h = rms_normalise(x_BLD) * (1 + scale_m) + shift_m
+        return x_BLD + gate_m * self.mlp(h)
+
+
+class DiT(nnx.Module):
+    """The transformer and its text encoder, trained jointly."""
+
+    def __init__(self, config: Config, text: encoder.Config, patch_values: int, rngs: nnx.Rngs):
+        self.config = config
+        width = config.width
+        self.text = encoder.Encoder(text, rngs)
+        self.patches_in = Linear(patch_values, width, axes=(None, "embed"), rngs=rngs)
+        self.text_in = Linear(text.features, width, axes=(None, "embed"), rngs=rngs)
+        self.time = TimeEmbedding(width, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.modulation = Linear(
+            width, MODULATIONS * width, axes=("embed", None), rngs=rngs, init=zeros
+        )
+
+        @nnx.split_rngs(splits=config.depth)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        self.blocks = stack(rngs)
+        self.head_modulation = Linear(width, 2 * width, axes=("embed", None), rngs=rngs, init=zeros)
+        self.head = Linear(width, patch_values, axes=("embed", None), rngs=rngs, init=zeros)
+
+    def __call__(
+        self,
+        patches_BLP: jax.Array,
+        text_ids_BL: jax.Array,
+        times_BM3: jax.Array,
+        tokens: Tokens,
+    ) -> jax.Array:
+        """What `config.prediction` says, for every token, float32 [B, L, P].
+
+        `times_BM3[:, m]` are the times of segment m + 1.
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        B, L, _ = patches_BLP.shape
+        is_text = tokens.is_text_BL[..., None].astype(dtype)
+        features = self.text(
+            text_ids_BL, tokens.is_text_BL, tokens.segment_ids_BL, tokens.positions_BL3, dtype
+        )
+        x_BLD = self.patches_in(patches_BLP.astype(dtype)) * (1 - is_text)
+        x_BLD = x_BLD + self.text_in(features)
+
+        # One row of modulation for each (segment, time); tokens gather theirs.
+        segment = jnp.maximum(tokens.segment_ids_BL - 1, 0)
+        row_BL = segment * 3 + tokens.time_index_BL
+        embedded = jax.nn.silu(self.time(times_BM3.reshape(B, -1)).astype(dtype))
+        gather = jax.vmap(lambda rows, index: rows[index])
+        modulation_BL6D = gather(self.modulation(embedded), row_BL).reshape(B, L, MODULATIONS, -1)
+
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x, layer):
+            return nnx.merge(graphdef, layer)(x, modulation_BL6D, tokens), None
+
+        if self.config.remat != "none":
+            policy = REMAT_POLICIES[self.config.remat]
+            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        x_BLD, _ = jax.lax.scan(body, x_BLD, stacked)
+
+        shift, scale = jnp.split(gather(self.head_modulation(embedded), row_BL), 2, axis=-1)
+        x_BLD = rms_normalise(x_BLD) * (1 + scale) + shift
+        return self.head(x_BLD).astype(jnp.float32)

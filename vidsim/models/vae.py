@@ -1,0 +1,193 @@
+"""The causal 3-D variational autoencoder: pixels to latents and back.
+
+The first frame is encoded alone, then every `compression[0]` frames give one latent, so an image is
+a one-frame video. Inside, the first frame is repeated in front until the clip is a whole number of
+time strides: from there every change of rate merges or splits whole groups, every convolution is
+causal, and latent k sees frames up to the last of its own group and nothing later.
+
+    z ~ N(mean, exp(log_variance)) = encoder(video)        (Eq. 3 of arXiv:1312.6114)
+    latents = (mean - latent_mean) / latent_std            per channel, measured after training
+
+Shortcuts around every change of rate average or duplicate channel groups (DC-AE, arXiv:2410.10733).
+"""
+
+# B batch, T frames, H height, W width, C channels
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidsim.errors import InputError
+from vidsim.layers.conv3d import CausalConv3d
+from vidsim.layers.norms import RMSNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Shape of the autoencoder. Levels are listed from pixels to latents."""
+
+    latent_channels: int
+    patch: tuple[int, int]  # (frames, pixels) folded into channels before the first level
+    channels: tuple[int, ...]  # width of each level
+    blocks: tuple[int, ...]  # residual blocks of each level
+    strides: tuple[tuple[int, int], ...]  # (time, space) between levels
+    time_kernels: tuple[int, ...]  # time taps of the convolutions of each level
+    dtype: str  # of activations; statistics and losses are float32
+
+    def __post_init__(self):
+        levels = len(self.channels)
+        if not (len(self.blocks) == len(self.time_kernels) == levels == len(self.strides) + 1):
+            raise InputError(
+                f"VAE with {levels} channels, {len(self.blocks)} blocks, {len(self.time_kernels)} "
+                f"time_kernels and {len(self.strides)} strides: give one a level, strides one less"
+            )
+
+    @property
+    def compression(self) -> tuple[int, int]:
+        """(frames, pixels along a side) of one latent."""
+        time = self.patch[0] * math.prod(stride[0] for stride in self.strides)
+        space = self.patch[1] * math.prod(stride[1] for stride in self.strides)
+        return time, space
+
+    def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Latents of a clip.
+
+        Raises:
+          InputError: the clip is not 1 + k * time frames, or a side is off the grid.
+        """
+        time, space = self.compression
+        if frames < 1 or (frames - 1) % time:
+            lower = 1 + (max(frames, 1) - 1) // time * time
+            raise InputError(
+                f"{frames=} is not 1 + {time}k, which the causal VAE needs; "
+                f"use {lower} or {lower + time}"
+            )
+        for name, side in (("height", height), ("width", width)):
+            if side < space or side % space:
+                lower = max(side // space, 1) * space
+                raise InputError(
+                    f"{name}={side} is not a multiple of {space}, the VAE's stride in pixels; "
+                    f"use {lower} or {lower + space}"
+                )
+        return 1 + (frames - 1) // time, height // space, width // space
+
+
+def fold(x_BTHWC: jax.Array, time: int, space: int) -> jax.Array:
+    """Moves blocks of (time, space, space) positions into channels."""
+    B, T, H, W, C = x_BTHWC.shape
+    x = x_BTHWC.reshape(B, T // time, time, H // space, space, W // space, space, C)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(B, T // time, H // space, W // space, time * space * space * C)
+
+
+def unfold(x_BTHWC: jax.Array, time: int, space: int) -> jax.Array:
+    """The inverse of `fold`."""
+    B, T, H, W, C = x_BTHWC.shape
+    x = x_BTHWC.reshape(B, T, H, W, time, space, space, C // (time * space * space))
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(B, T * time, H * space, W * space, -1)
+
+
+def match_channels(x: jax.Array, channels: int) -> jax.Array:
+    """Averages or duplicates groups of channels; the shortcut around a change of rate."""
+    have = x.shape[-1]
+    if have % channels == 0:
+        return jnp.mean(x.reshape(*x.shape[:-1], channels, have // channels), axis=-1)
+    if channels % have == 0:
+        return jnp.repeat(x, channels // have, axis=-1)
+    whole = math.lcm(have, channels)
+    return match_channels(jnp.repeat(x, whole // have, axis=-1), channels)
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, channels: int, time_kernel: int, *, rngs: nnx.Rngs):
+        kernel = (time_kernel, 3, 3)
+        self.norm_in = RMSNorm(channels)
+        self.conv_in = CausalConv3d(channels, channels, kernel, rngs=rngs)
+        self.norm_out = RMSNorm(channels)
+        self.conv_out = CausalConv3d(channels, channels, kernel, rngs=rngs, scale=0.01)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = self.conv_in(jax.nn.silu(self.norm_in(x)))
+        return x + self.conv_out(jax.nn.silu(self.norm_out(h)))
+
+
+class Downsample(nnx.Module):
+    """Folds positions into channels, projects, and adds the averaged shortcut."""
+
+    def __init__(self, in_channels: int, channels: int, stride, *, rngs: nnx.Rngs):
+        self.stride = stride
+        folded = in_channels * stride[0] * stride[1] ** 2
+        self.project = CausalConv3d(folded, channels, (1, 1, 1), rngs=rngs)
+        self.channels = channels
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = fold(x, *self.stride)
+        return self.project(x) + match_channels(x, self.channels)
+
+
+class Upsample(nnx.Module):
+    """Projects, adds the duplicated shortcut, and unfolds channels into positions."""
+
+    def __init__(self, in_channels: int, channels: int, stride, *, rngs: nnx.Rngs):
+        self.stride = stride
+        self.folded = channels * stride[0] * stride[1] ** 2
+        self.project = CausalConv3d(in_channels, self.folded, (1, 1, 1), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return unfold(self.project(x) + match_channels(x, self.folded), *self.stride)
+
+
+class VAE(nnx.Module):
+    """The autoencoder. Videos are float [B, T, H, W, 3] in [-1, 1]."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.config = config
+        levels = list(zip(config.channels, config.blocks, config.time_kernels, strict=True))
+        pixels = 3 * config.patch[0] * config.patch[1] ** 2
+
+        encoder = [CausalConv3d(pixels, config.channels[0], (1, 3, 3), rngs=rngs)]
+        for level, (channels, blocks, time_kernel) in enumerate(levels):
+            if level:
+                stride = config.strides[level - 1]
+                encoder.append(Downsample(config.channels[level - 1], channels, stride, rngs=rngs))
+            encoder += [ResidualBlock(channels, time_kernel, rngs=rngs) for _ in range(blocks)]
+        encoder.append(RMSNorm(config.channels[-1]))
+        encoder.append(
+            CausalConv3d(config.channels[-1], 2 * config.latent_channels, (1, 1, 1), rngs=rngs)
+        )
+        self.encoder = nnx.List(encoder)
+
+        decoder = [CausalConv3d(config.latent_channels, config.channels[-1], (1, 3, 3), rngs=rngs)]
+        for level, (channels, blocks, time_kernel) in reversed(list(enumerate(levels))):
+            decoder += [ResidualBlock(channels, time_kernel, rngs=rngs) for _ in range(blocks)]
+            if level:
+                stride = config.strides[level - 1]
+                decoder.append(Upsample(channels, config.channels[level - 1], stride, rngs=rngs))
+        decoder.append(RMSNorm(config.channels[0]))
+        decoder.append(CausalConv3d(config.channels[0], pixels, (1, 3, 3), rngs=rngs))
+        self.decoder = nnx.List(decoder)
+
+    def encode(self, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The posterior's mean and log-variance, float32 [B, t, h, w, latent_channels]."""
+        self.config.latent_size(*video_BTHWC.shape[1:4])
+        lead = jnp.repeat(video_BTHWC[:, :1], self.config.compression[0] - 1, axis=1)
+        x = jnp.concatenate([lead, video_BTHWC], axis=1).astype(self.config.dtype)
+        x = fold(x, *self.config.patch)
+        for layer in self.encoder:
+            x = layer(x)
+        mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(log_variance - 4.0, -20.0, 4.0)
+
+    def decode(self, z_BTHWC: jax.Array) -> jax.Array:
+        """The video of latents before normalisation, float32 [B, 1 + 4k, H, W, 3]."""
+        x = z_BTHWC.astype(self.config.dtype)
+        for layer in self.decoder:
+            x = layer(x)
+        x = unfold(x, *self.config.patch).astype(jnp.float32)
+        return x[:, self.config.compression[0] - 1 :]

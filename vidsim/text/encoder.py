@@ -1,0 +1,76 @@
+"""Text ids to features: the one door through which language enters the transformer.
+
+The diffusion transformer sees `features_BLF` and nothing of where they come from, so this encoder,
+trained jointly from scratch, can be replaced by a frozen pretrained one.
+"""
+
+# B batch, L tokens, F features, N heads, K head dim
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidsim.attention import segments
+from vidsim.layers.linear import Linear, SwiGLU
+from vidsim.layers.norms import RMSNorm, rms_normalise
+from vidsim.layers.parameter import parameter
+from vidsim.layers.rotary import angles, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    vocabulary: int  # rows of the embedding; at least the tokenizer's
+    features: int
+    depth: int
+    heads: int
+    max_tokens: int  # longest prompt
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and SwiGLU."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        width, self.heads = config.features, config.heads
+        self.norm_attention, self.norm_mlp = RMSNorm(width), RMSNorm(width)
+        self.qkv = Linear(width, 3 * width, axes=("embed", "heads"), rngs=rngs)
+        self.out = Linear(width, width, axes=("heads", "embed"), rngs=rngs)
+        self.mlp = SwiGLU(width, 2 * width, rngs=rngs)
+
+    def __call__(self, x_BLF, segment_ids_BL, positions_BL3):
+        B, L, F = x_BLF.shape
+        qkv = self.qkv(self.norm_attention(x_BLF)).reshape(B, L, 3, self.heads, -1)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        rotation = angles(positions_BL3, F // self.heads)
+        q, k = rotate(rms_normalise(q), rotation), rotate(rms_normalise(k), rotation)
+        attended = segments.attend(q, k, v, segment_ids_BL)
+        x_BLF = x_BLF + self.out(attended.reshape(B, L, F))
+        return x_BLF + self.mlp(self.norm_mlp(x_BLF))
+
+
+class Encoder(nnx.Module):
+    """A bidirectional transformer over the text tokens of packed rows."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.config = config
+        shape = (config.vocabulary, config.features)
+        init = nnx.initializers.normal(0.02)
+        self.embedding = parameter(init, shape, axes=("vocab", "embed"), rngs=rngs)
+        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.depth)])
+        self.norm = RMSNorm(config.features)
+
+    def __call__(
+        self,
+        text_ids_BL: jax.Array,
+        is_text_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        positions_BL3: jax.Array,
+        dtype,
+    ) -> jax.Array:
+        """Features [B, L, F]; zero where there is no text."""
+        x_BLF = self.embedding[...][text_ids_BL].astype(dtype)
+        segment_ids_BL = jnp.where(is_text_BL, segment_ids_BL, 0)
+        for block in self.blocks:
+            x_BLF = block(x_BLF, segment_ids_BL, positions_BL3)
+        return self.norm(x_BLF) * is_text_BL[..., None].astype(dtype)

@@ -1,0 +1,72 @@
+"""SentencePiece tokenizer, trained on the captions (arXiv:1808.06226)."""
+
+import io
+import os
+import pathlib
+from collections.abc import Iterable
+
+import sentencepiece
+
+from vidsim import files
+from vidsim.errors import InputError
+
+PAD, UNKNOWN, NULL = 0, 1, 2  # NULL stands for a dropped or an empty prompt
+
+
+class Tokenizer:
+    """Text to ids and back. Ids are at most `max_tokens`; an empty text is the one NULL token."""
+
+    def __init__(self, model: bytes, max_tokens: int):
+        self.model = model
+        self.max_tokens = max_tokens
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    @property
+    def vocabulary(self) -> int:
+        return self._processor.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        ids = self._processor.encode(text)[: self.max_tokens]
+        return ids or [NULL]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._processor.decode([int(i) for i in ids if i > NULL])
+
+
+def train(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -> Tokenizer:
+    """Trains unigrams; a small corpus may yield fewer than `vocabulary` pieces.
+
+    Raises:
+      InputError: there is no text at all. Videos without captions are a valid data set: give
+        `[""]` and get a tokenizer that spells letters of nothing.
+    """
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        # A vocabulary is needed to run without captions too: letters, so that prompts still encode.
+        texts = ["abcdefghijklmnopqrstuvwxyz 0123456789"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocabulary,
+        hard_vocab_limit=False,
+        pad_id=PAD,
+        unk_id=UNKNOWN,
+        control_symbols=["<null>"],
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    return Tokenizer(model.getvalue(), max_tokens)
+
+
+def save(tokenizer: Tokenizer, path: str | os.PathLike) -> None:
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(tokenizer.model)
+
+
+def load(path: str | os.PathLike, *, max_tokens: int) -> Tokenizer:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise InputError(f"no tokenizer at {path}; run `vidsim train --model=tokenizer` first")
+    return Tokenizer(path.read_bytes(), max_tokens)

@@ -1,0 +1,129 @@
+"""The one training loop, for every model.
+
+Order within an iteration: evaluate, checkpoint, and only then fetch data and step. So a checkpoint
+of step n and the data position n always agree, and a resumed run repeats what the uninterrupted one
+did. Metrics of a step are fetched after the next one is under way: the device never waits for them.
+"""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from vidsim import progress
+from vidsim.errors import Restart
+from vidsim.parallel import multihost
+from vidsim.training.checkpoint import Checkpoints
+from vidsim.training.metrics import MetricsWriter
+from vidsim.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    steps: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int
+
+
+# (state, step) -> pairs (name, value) for the metrics
+Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
+
+
+class Preemption:
+    """Whether SIGTERM came, agreed on by all processes at one step."""
+
+    def __enter__(self):
+        self._received = False
+        # With several processes jax's own service listens to the signal and agrees on the step.
+        self._alone = jax.process_count() == 1
+        if self._alone:
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        if self._alone:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _receive(self, *_):
+        self._received = True
+
+    def at(self, step: int) -> bool:
+        if self._alone:
+            return self._received
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def run(
+    config: Config,
+    state: TrainState,
+    step_fn,
+    *,
+    batches: Callable[[int], Iterator],
+    evaluators: dict[str, Evaluator],
+    checkpoints: Checkpoints,
+    index_hash: str,
+    folder: str,
+    name: str,
+) -> TrainState:
+    """Trains from `state.step` to `config.steps` and returns the last state, saved.
+
+    Args:
+      step_fn: `(state, batch) -> (state, metrics)` of `make_step`.
+      batches: the iterator of global batches from a step on; pure in the step.
+      evaluators: by name; their values are logged as `name/value`.
+
+    Raises:
+      Restart: SIGTERM came; the state is saved.
+    """
+    first = int(state.step)
+    writer = MetricsWriter(folder, step=first) if multihost.is_main() else None
+    pending: tuple[int, dict] | None = None
+    clock, clock_step = time.monotonic(), first
+
+    def log(wait_for_nothing: bool = False):
+        nonlocal pending, clock, clock_step
+        if pending is None:
+            return
+        step, metrics = pending
+        pending = None
+        metrics = multihost.fetch(metrics)
+        bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
+        if writer:
+            writer.write(step, metrics)
+
+    data = None
+    with (
+        Preemption() as preemption,
+        progress.bar(total=config.steps, desc=name, unit="step", initial=first) as bar,
+    ):
+        for step in range(first, config.steps + 1):
+            last = step == config.steps
+            stop = preemption.at(step)
+            if not stop and step > first and (last or step % config.evaluate_every == 0):
+                log()
+                for label, evaluate in evaluators.items():
+                    values = {f"{label}/{key}": value for key, value in evaluate(state, step)}
+                    if writer and values:
+                        writer.write(step, values)
+            if stop or last or (step > first and step % config.checkpoint_every == 0):
+                log()
+                checkpoints.save(state, step=step, index_hash=index_hash)
+            if stop or last:
+                break
+            if data is None:
+                data = batches(step)
+            state, metrics = step_fn(state, next(data))
+            log()
+            if (step + 1) % config.log_every == 0:
+                pending = (step + 1, metrics)
+            bar.update()
+        checkpoints.wait()
+        if writer:
+            writer.close()
+    if stop and not last:
+        raise Restart(f"{name} stopped by SIGTERM after saving step {step}; start it again")
+    return state

@@ -1,0 +1,52 @@
+"""Numbers of a run: metrics.jsonl for scripts and the report, TensorBoard for people."""
+
+import json
+import os
+import pathlib
+
+import tensorboardX
+
+from vidsim import files
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.jsonl` and scalars to TensorBoard.
+
+    After a restart from `step` the rows of later steps are cut away: they will be written again,
+    equal, and the file reads like that of an uninterrupted run.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, step: int):
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            files.write_jsonl(self.path, rows_until(self.path, step))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def rows_until(path: str | os.PathLike, step: int) -> list[dict]:
+    """The whole rows up to `step`; a row that a kill cut short is dropped."""
+    rows = []
+    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] <= step:
+            rows.append(row)
+    return rows

@@ -1,0 +1,152 @@
+"""What each model learns: pure functions `loss(params, batch, key) -> (scalar, metrics)`.
+
+Video autoencoder
+    L = mean w |x - D(z)| + g |grad(x - D(z))| + k KL(q(z|x) || N(0, 1)),   w = 1 + f min(1, d / s)
+    d is how far a pixel is from its clip's mean colour: small moving things weigh as much as the
+    large background (without it the background alone is learned first).
+
+Diffusion transformer
+    L = sum over generated tokens |x0_hat - x0|^2 / max(t, t_min)^2 / their number
+"""
+
+# B batch, T frames, H height, W width, C channels; L tokens, P patch values, M segments a row
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from vidsim.diffusion import flow, time_sampling
+from vidsim.models.dit import Tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class VAELoss:
+    gradient_weight: float  # g
+    kl_weight: float  # k
+    foreground_weight: float  # f
+    foreground_scale: float  # s, in units of pixels in [-1, 1]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTLoss:
+    t_min: float  # the clamp of the velocity loss
+    noisy_given_max: float  # largest time of noisy given latents
+
+
+def foreground(video_BTHWC: jax.Array, config: VAELoss) -> jax.Array:
+    """The weight of every pixel [B, T, H, W, 1]."""
+    mean = jnp.mean(video_BTHWC, axis=(1, 2, 3), keepdims=True)
+    distance = jnp.max(jnp.abs(video_BTHWC - mean), axis=-1, keepdims=True)
+    return 1.0 + config.foreground_weight * jnp.minimum(1.0, distance / config.foreground_scale)
+
+
+def pixels(video_uint8: jax.Array) -> jax.Array:
+    """uint8 to float32 in [-1, 1]."""
+    return video_uint8.astype(jnp.float32) / 127.5 - 1.0
+
+
+def vae_loss(graphdef: nnx.GraphDef, config: VAELoss, params, batch, key):
+    """Batch: `video_BTHWC` uint8."""
+    model = nnx.merge(graphdef, params)
+    video = pixels(batch["video_BTHWC"])
+    mean, log_variance = model.encode(video)
+    noise = jax.random.normal(key, mean.shape)
+    error = video - model.decode(mean + jnp.exp(0.5 * log_variance) * noise)
+    l1 = jnp.mean(foreground(video, config) * jnp.abs(error))
+    gradient = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (2, 3))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
+    loss = l1 + config.gradient_weight * gradient + config.kl_weight * kl
+    psnr = -10.0 * jnp.log10(jnp.mean(jnp.square(error)) / 4.0)
+    return loss, {"l1": l1, "gradient_l1": gradient, "kl": kl, "psnr_db": psnr}
+
+
+def draw_times(
+    key: jax.Array, pack, times: time_sampling.Config, noisy_given_max: float
+) -> jax.Array:
+    """times_BM3 of a pack: 0, a first time, and a second: small where it is given latents'."""
+    first_key, second_key, given_key = jax.random.split(key, 3)
+    sizes_BM3 = pack["sizes_BM3"]
+    first = time_sampling.sample(first_key, sizes_BM3, times)
+    second = time_sampling.sample(second_key, sizes_BM3, times)
+    small = noisy_given_max * jax.random.uniform(given_key, first.shape)
+    M = sizes_BM3.shape[1]
+    given_BLM = pack["given_BL"][..., None] & (
+        pack["segment_ids_BL"][..., None] == jnp.arange(1, M + 1)
+    )
+    second = jnp.where(jnp.any(given_BLM, axis=1), small, second)
+    return jnp.stack([jnp.zeros_like(first), first, second], axis=-1)
+
+
+def tokens_of(pack) -> Tokens:
+    return Tokens(
+        pack["segment_ids_BL"], pack["positions_BL3"], pack["is_text_BL"], pack["time_index_BL"]
+    )
+
+
+def token_times(times_BM3: jax.Array, tokens: Tokens) -> jax.Array:
+    """The time of every token [B, L, 1]."""
+    row_BL = jnp.maximum(tokens.segment_ids_BL - 1, 0) * 3 + tokens.time_index_BL
+    flat = times_BM3.reshape(times_BM3.shape[0], -1)
+    return jnp.take_along_axis(flat, row_BL, axis=1)[..., None]
+
+
+def predict(graphdef, params, prediction: str, pack, x_t_BLP, times_BM3) -> jax.Array:
+    """x0_hat_BLP of a pack at given noise."""
+    tokens = tokens_of(pack)
+    output = nnx.merge(graphdef, params)(x_t_BLP, pack["text_ids_BL"], times_BM3, tokens)
+    return flow.to_x0(output, x_t_BLP, token_times(times_BM3, tokens), prediction)
+
+
+def generated(pack) -> jax.Array:
+    """bool [B, L]: the tokens that take a loss."""
+    return (pack["segment_ids_BL"] > 0) & ~pack["is_text_BL"] & ~pack["given_BL"]
+
+
+def dit_loss(
+    graphdef: nnx.GraphDef,
+    prediction: str,
+    times: time_sampling.Config,
+    config: DiTLoss,
+    params,
+    pack,
+    key,
+):
+    """Batch: a pack (see data/packing.py)."""
+    times_key, noise_key = jax.random.split(key)
+    times_BM3 = draw_times(times_key, pack, times, config.noisy_given_max)
+    x0 = pack["patches_BLP"].astype(jnp.float32)
+    t_BL1 = token_times(times_BM3, tokens_of(pack))
+    x_t = flow.add_noise(x0, jax.random.normal(noise_key, x0.shape), t_BL1)
+    x0_hat = predict(graphdef, params, prediction, pack, x_t, times_BM3)
+    mask = generated(pack)
+    count = jnp.maximum(jnp.sum(mask), 1)
+    per_token = jnp.mean(flow.loss(x0_hat, x0, t_BL1, t_min=config.t_min), axis=-1)
+    error = jnp.mean(jnp.square(x0_hat - x0), axis=-1)
+    loss = jnp.sum(per_token * mask) / count
+    return loss, {"x0_error": jnp.sum(error * mask) / count, "tokens": count.astype(jnp.float32)}
+
+
+def x0_error_at(graphdef, prediction: str, t: float, params, pack, key) -> tuple:
+    """(sum of squared x0 errors, sum of squared x0) over generated tokens with all noise at `t`.
+
+    Their quotient is the error over the power of the (normalised) latents: 1 is knowing nothing.
+    """
+    sizes = pack["sizes_BM3"]
+    full = jnp.full(sizes.shape[:2], t, jnp.float32)
+    times_BM3 = jnp.stack([jnp.zeros_like(full), full, jnp.zeros_like(full)], axis=-1)
+    x0 = pack["patches_BLP"].astype(jnp.float32)
+    index = jnp.where(pack["given_BL"] | pack["is_text_BL"], 0, 1)
+    pack = {**pack, "time_index_BL": index}
+    t_BL1 = token_times(times_BM3, tokens_of(pack))
+    x_t = flow.add_noise(x0, jax.random.normal(key, x0.shape), t_BL1)
+    x0_hat = predict(graphdef, params, prediction, pack, x_t, times_BM3)
+    mask = generated(pack)[..., None]
+    return jnp.sum(jnp.square(x0_hat - x0) * mask), jnp.sum(jnp.square(x0) * mask)
+
+
+def bind(loss, *args):
+    """A loss with its structure and config fixed: `(params, batch, key) -> (loss, metrics)`."""
+    return functools.partial(loss, *args)
