@@ -11,15 +11,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 # Left never imports right; siblings of one group never import each other.
 ORDER = [
     {"errors"},
-    {"files", "progress"},
+    {"files", "progress", "config", "compiling"},
     {"trees"},
     {"parallel", "diffusion", "layers"},
     {"attention"},
     {"text"},
-    {"models", "worlds", "data"},
+    {"models", "data"},
+    {"worlds"},  # they write their clips with data/video.py
     {"training", "sampling"},
     {"evaluation"},
-    {"export", "serve"},
+    {"export"},
     {"stages"},
     {"third_party"},
     {"cli"},
@@ -28,7 +29,8 @@ RANK = {name: rank for rank, group in enumerate(ORDER) for name in group}
 # Files at home anywhere: everything may import them, and they import only what is left of them.
 OUTSIDE = {"experiments", "launch", "benchmarks"}
 
-# The step runs where these are not installed.
+# Training steps run where these are not installed: neither they nor what they import name them at
+# the top of a module.
 DATA_LIBRARIES = {"array_record", "av", "grain", "ml_collections", "tensorflow_datasets"}
 STEP = (
     "vidsim.attention",
@@ -36,6 +38,7 @@ STEP = (
     "vidsim.layers",
     "vidsim.models",
     "vidsim.parallel",
+    "vidsim.training.loop",
     "vidsim.training.objectives",
     "vidsim.training.optimizer",
     "vidsim.training.state",
@@ -75,6 +78,26 @@ def imported(module: str, source: str, *, top_level: bool = False) -> set[str]:
     return found
 
 
+def is_step(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in STEP)
+
+
+def way_to_data_library(module: str, known: dict[str, str]) -> list[str]:
+    """The chain of imports at the top of modules from `module` to a data library; [] if none."""
+    ways, seen = [[module]], {module}
+    while ways:
+        way = ways.pop(0)
+        for name in sorted(imported(way[-1], known[way[-1]], top_level=True)):
+            if name.split(".")[0] in DATA_LIBRARIES:
+                return [*way, name]
+            # `from vidsim.data.video import fit` names a module and something in it.
+            target = name if name in known else name.rpartition(".")[0]
+            if target in known and target not in seen:
+                seen.add(target)
+                ways.append([*way, target])
+    return []
+
+
 def faults(module: str, source: str) -> list[str]:
     """What `source`, as module `module`, imports against the order."""
     own = module.split(".")[1] if "." in module else ""
@@ -93,7 +116,7 @@ def faults(module: str, source: str) -> list[str]:
             found.append(f"{module} imports {name}; only cli may")
         elif not own or RANK[parts[1]] >= RANK[own]:
             found.append(f"{module} imports {name}, against the order")
-    if module.startswith(STEP):
+    if is_step(module):
         for name in sorted(imported(module, source, top_level=True)):
             if name.split(".")[0] in DATA_LIBRARIES:
                 found.append(f"{module} imports {name} at its top; the training step runs without")
@@ -103,6 +126,27 @@ def faults(module: str, source: str) -> list[str]:
 def test_imports_follow_the_order():
     found = [fault for module, source in sources().items() for fault in faults(module, source)]
     assert not found, "\n".join(found)
+
+
+def test_the_training_step_reaches_no_data_library():
+    known = sources()
+    steps = [module for module in known if is_step(module)]
+    ways = [way for module in steps if (way := way_to_data_library(module, known))]
+    assert not ways, "\n".join(" -> ".join(way) for way in ways)
+    assert "vidsim.training.step" in steps
+    assert way_to_data_library("vidsim.data.packing", known) == []
+
+
+def test_a_data_library_is_found_through_other_modules():
+    known = {
+        "vidsim.training.loop": "from vidsim.sampling import modes",
+        "vidsim.sampling.modes": "from vidsim.data.video import fit",
+        "vidsim.data.video": "import av.video",
+        "vidsim.training.step": "def f():\n    from vidsim.data import video",
+    }
+    way = ["vidsim.training.loop", "vidsim.sampling.modes", "vidsim.data.video", "av.video"]
+    assert way_to_data_library("vidsim.training.loop", known) == way
+    assert way_to_data_library("vidsim.training.step", known) == []
 
 
 @pytest.mark.parametrize(
@@ -115,6 +159,10 @@ def test_imports_follow_the_order():
         ("vidsim.layers.norms", "from .. import models"),
         ("vidsim.layers.norms", "def f():\n    from vidsim.parallel import mesh"),
         ("vidsim.models.dit", "from vidsim.data import video"),
+        ("vidsim.data.latents", "from vidsim.models import vae"),
+        ("vidsim.data.prepare", "from vidsim.worlds import physics"),
+        ("vidsim.training.loop", "from vidsim.sampling import generate"),
+        ("vidsim.config", "from vidsim import files"),
         ("vidsim.trees", "import vidsim.layers"),
         ("vidsim.errors", "from vidsim.files import write_text"),
         ("vidsim.evaluation.report", "from vidsim.third_party.vbench import layout"),
@@ -127,6 +175,7 @@ def test_imports_follow_the_order():
         ("vidsim", "from vidsim import errors"),
         ("vidsim.models.dit", "import grain"),
         ("vidsim.training.step", "from ml_collections import ConfigDict"),
+        ("vidsim.training.loop", "import grain"),
         ("vidsim.layers.norms", "try:\n    import av\nexcept ImportError:\n    av = None"),
     ],
 )
@@ -142,6 +191,8 @@ def test_planted_faults_are_found(module, source):
         ("vidsim.layers.norms", "from . import parameter"),
         ("vidsim.attention.segments", "from vidsim.parallel.mesh import AXES"),
         ("vidsim.cli.export", "from vidsim.third_party.wan import names"),
+        ("vidsim.worlds.physics", "from vidsim.data import video"),
+        ("vidsim.sampling.modes", "from vidsim.data.buckets import nearest_size"),
         ("vidsim.data.pipeline", "import grain"),
         ("vidsim.models.dit", "def f():\n    import grain"),
     ],

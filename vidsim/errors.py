@@ -2,7 +2,7 @@
 
 
 class InputError(ValueError):
-    """Bad input that a restart cannot mend: the message gives value, constraint and remedy. Exit 2."""
+    """Bad input that a restart cannot mend; the message: value, constraint, remedy. Exit 2."""
 
 
 class Restart(RuntimeError):

@@ -1,7 +1,7 @@
 """Attention inside segments: the one mask of packed rows.
 
-Tokens see the tokens of their own segment, in both directions. Segment 0 is padding: it is a segment
-like the others, so its tokens see only each other and the softmax always has a finite row.
+Tokens see the tokens of their own segment, in both directions. Segment 0 is padding: it is a
+segment like the others, so its tokens see only each other and the softmax always has a finite row.
 """
 
 # B batch, L tokens, N heads, K head dim

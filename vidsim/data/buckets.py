@@ -1,8 +1,8 @@
 """Buckets for pixels: a few static shapes (frames, height, width), one a step on every host.
 
-A clip goes to the longest bucket that it has the frames for and to the nearest aspect ratio. The plan
-of which samples make up which step is a pure function of (seed, step): to resume is to go on at a
-step, on any number of hosts.
+A clip goes to the longest bucket that it has the frames for and to the nearest aspect ratio. The
+plan of which samples make up which step is a pure function of (seed, step): to resume is to go on
+at a step, on any number of hosts.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ from vidsim.data.latents import Latents
 from vidsim.data.sources import Clips, caption_of
 from vidsim.diffusion import conditions
 from vidsim.layers import rotary
-from vidsim.models.dit import patchify
+from vidsim.layers.patches import patchify
 from vidsim.text.tokenizer import NULL, Tokenizer
 
 

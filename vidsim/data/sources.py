@@ -10,7 +10,7 @@ import threading
 import numpy as np
 
 from vidsim.data import video
-from vidsim.data.records import Shards
+from vidsim.data.records import Shards, read_clip
 
 
 class Clips:
@@ -52,8 +52,7 @@ class Clips:
         return clip[start : start + frames]
 
     def _read(self, record, start, frames, height, width):
-        clip = self.shards[record]
-        pixels = video.read_frames(clip.data, start=clip.first_frame + start, count=frames)
+        pixels = read_clip(self.shards[record], start=start, count=frames)
         return video.fit(pixels, height, width)
 
 

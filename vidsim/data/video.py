@@ -27,8 +27,9 @@ from vidsim.files import atomic_path
 
 # Exact rounding takes ten times as long as this, which is at most 1 of 255 darker.
 _READING = int(Interpolation.BILINEAR)
-_RESIZING = int(Interpolation.AREA | Interpolation.ACCURATE_RND)
-_WRITING = int(Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP)
+# Without these, FFmpeg halves the resolution of colours even between red, green and blue.
+_FULL_COLOUR = Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
+_AREA = int(Interpolation.AREA | Interpolation.ACCURATE_RND | _FULL_COLOUR)
 _BT709, _LIMITED_RANGE = 1, 1
 
 
@@ -192,7 +193,7 @@ def write_video(path: str | os.PathLike, video_THWC: np.ndarray, fps: float) -> 
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=_WRITING,
+                interpolation=_AREA,
                 threads=1,
             )
             container.mux(stream.encode(frame))
@@ -239,7 +240,7 @@ def fit(video_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
             av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24"),
             width=width,
             height=height,
-            interpolation=_RESIZING,
+            interpolation=_AREA,
             threads=1,
         )
         out_HWC[:] = frame.to_ndarray()

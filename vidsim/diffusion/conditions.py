@@ -30,7 +30,6 @@ class Config:
     two_times_rate: float  # share of clips with two times
     prefix_rate: float  # share of the given spans that are a prefix
     noisy_given_rate: float  # share of the given spans at a small time instead of 0
-    noisy_given_max: float  # that time is uniform up to here
 
 
 @dataclasses.dataclass(frozen=True)

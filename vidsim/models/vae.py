@@ -6,7 +6,7 @@ time strides: from there every change of rate merges or splits whole groups, eve
 causal, and latent k sees frames up to the last of its own group and nothing later.
 
     z ~ N(mean, exp(log_variance)) = encoder(video)        (Eq. 3 of arXiv:1312.6114)
-    latents = (mean - latent_mean) / latent_std            per channel, measured after training
+    latents = (mean - mean_C) / std_C                      per channel, measured after training
 
 Shortcuts around every change of rate average or duplicate channel groups (DC-AE, arXiv:2410.10733).
 """
@@ -15,6 +15,7 @@ Shortcuts around every change of rate average or duplicate channel groups (DC-AE
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,6 +144,13 @@ class Upsample(nnx.Module):
         return unfold(self.project(x) + match_channels(x, self.folded), *self.stride)
 
 
+class Statistics(NamedTuple):
+    """Mean and standard deviation of the posterior's mean, per channel; stored with the weights."""
+
+    mean_C: jax.Array
+    std_C: jax.Array
+
+
 class VAE(nnx.Module):
     """The autoencoder. Videos are float [B, T, H, W, 3] in [-1, 1]."""
 
@@ -173,8 +181,8 @@ class VAE(nnx.Module):
         decoder.append(CausalConv3d(config.channels[0], pixels, (1, 3, 3), rngs=rngs))
         self.decoder = nnx.List(decoder)
 
-    def encode(self, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The posterior's mean and log-variance, float32 [B, t, h, w, latent_channels]."""
+    def posterior(self, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The mean and log-variance, float32 [B, t, h, w, latent_channels]."""
         self.config.latent_size(*video_BTHWC.shape[1:4])
         lead = jnp.repeat(video_BTHWC[:, :1], self.config.compression[0] - 1, axis=1)
         x = jnp.concatenate([lead, video_BTHWC], axis=1).astype(self.config.dtype)
@@ -184,10 +192,26 @@ class VAE(nnx.Module):
         mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(log_variance - 4.0, -20.0, 4.0)
 
-    def decode(self, z_BTHWC: jax.Array) -> jax.Array:
-        """The video of latents before normalisation, float32 [B, 1 + 4k, H, W, 3]."""
+    def reconstruct(self, z_BTHWC: jax.Array) -> jax.Array:
+        """The video of a posterior sample, float32 [B, 1 + 4k, H, W, 3]."""
         x = z_BTHWC.astype(self.config.dtype)
         for layer in self.decoder:
             x = layer(x)
         x = unfold(x, *self.config.patch).astype(jnp.float32)
         return x[:, self.config.compression[0] - 1 :]
+
+
+def encode(
+    graphdef: nnx.GraphDef, params, statistics: Statistics, video_BTHWC: jax.Array
+) -> jax.Array:
+    """Normalised latents of videos in [-1, 1]: zero mean, unit variance a channel."""
+    mean, _ = nnx.merge(graphdef, params).posterior(video_BTHWC)
+    return (mean - statistics.mean_C) / statistics.std_C
+
+
+def decode(
+    graphdef: nnx.GraphDef, params, statistics: Statistics, latents_BTHWC: jax.Array
+) -> jax.Array:
+    """Videos, about [-1, 1], of normalised latents."""
+    z = latents_BTHWC * statistics.std_C + statistics.mean_C
+    return nnx.merge(graphdef, params).reconstruct(z)

@@ -52,9 +52,11 @@ class Checkpoints:
             )
         return self._checkpointer.load(self.latest, abstract_state)
 
-    def load(self, abstract_state):
-        """The newest state (or the part of it that `abstract_state` has), whatever the data."""
-        return self._checkpointer.load(self.latest, abstract_state)
+    def load_part(self, part: str, abstract):
+        """One field of the newest state, such as `ema`, whatever the data; on one device."""
+        partial = ocp.options.PyTreeOptions.Loading(partial_load=True)
+        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
+            return self._checkpointer.load(self.latest, {part: abstract})[part]
 
     def wait(self) -> None:
         self._checkpointer.wait()

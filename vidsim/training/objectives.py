@@ -1,7 +1,8 @@
 """What each model learns: pure functions `loss(params, batch, key) -> (scalar, metrics)`.
 
 Video autoencoder
-    L = mean w |x - D(z)| + g |grad(x - D(z))| + k KL(q(z|x) || N(0, 1)),   w = 1 + f min(1, d / s)
+    L = mean w (|e| + q e^2) + g |grad e| + k KL(q(z|x) || N(0, 1)),   e = x - D(z)
+    w = 1 + f min(1, d / s)
     d is how far a pixel is from its clip's mean colour: small moving things weigh as much as the
     large background (without it the background alone is learned first).
 
@@ -24,6 +25,7 @@ from vidsim.models.dit import Tokens
 
 @dataclasses.dataclass(frozen=True)
 class VAELoss:
+    square_weight: float  # q
     gradient_weight: float  # g
     kl_weight: float  # k
     foreground_weight: float  # f
@@ -33,7 +35,7 @@ class VAELoss:
 @dataclasses.dataclass(frozen=True)
 class DiTLoss:
     t_min: float  # the clamp of the velocity loss
-    noisy_given_max: float  # largest time of noisy given latents
+    noisy_given_max: float  # noisy given latents have a time uniform up to here
 
 
 def foreground(video_BTHWC: jax.Array, config: VAELoss) -> jax.Array:
@@ -52,15 +54,19 @@ def vae_loss(graphdef: nnx.GraphDef, config: VAELoss, params, batch, key):
     """Batch: `video_BTHWC` uint8."""
     model = nnx.merge(graphdef, params)
     video = pixels(batch["video_BTHWC"])
-    mean, log_variance = model.encode(video)
+    mean, log_variance = model.posterior(video)
     noise = jax.random.normal(key, mean.shape)
-    error = video - model.decode(mean + jnp.exp(0.5 * log_variance) * noise)
-    l1 = jnp.mean(foreground(video, config) * jnp.abs(error))
+    error = video - model.reconstruct(mean + jnp.exp(0.5 * log_variance) * noise)
+    weight = foreground(video, config)
+    l1 = jnp.mean(weight * jnp.abs(error))
+    l2 = jnp.mean(weight * jnp.square(error))
     gradient = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (2, 3))
     kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
-    loss = l1 + config.gradient_weight * gradient + config.kl_weight * kl
+    loss = (
+        l1 + config.square_weight * l2 + config.gradient_weight * gradient + config.kl_weight * kl
+    )
     psnr = -10.0 * jnp.log10(jnp.mean(jnp.square(error)) / 4.0)
-    return loss, {"l1": l1, "gradient_l1": gradient, "kl": kl, "psnr_db": psnr}
+    return loss, {"l1": l1, "l2": l2, "gradient_l1": gradient, "kl": kl, "psnr_db": psnr}
 
 
 def draw_times(

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vidsim import trees
 from vidsim.parallel.sharding import ShardingRules, param_shardings
 
 
@@ -46,13 +47,15 @@ def shardings(
     abstract = nnx.state(nnx.eval_shape(lambda: make_model(nnx.Rngs(0))))
     params = nnx.to_pure_dict(param_shardings(mesh, rules, abstract))
     whole = NamedSharding(mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, abstract_params(make_model)),
-        params,
-        transform_non_params=lambda _: whole,
-    )
+    by_name = trees.flatten(params)
+
+    def of_moment(name: str, leaf):
+        """A moment's name ends with its parameter's; what has no parameter is a counter."""
+        while name and name not in by_name:
+            name = name.partition("/")[2]
+        return by_name[name] if name and leaf.ndim else whole
+
+    opt_state = trees.map_named(of_moment, jax.eval_shape(tx.init, abstract_params(make_model)))
     return TrainState(step=whole, params=params, ema=params, opt_state=opt_state)
 
 

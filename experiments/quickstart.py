@@ -1,0 +1,154 @@
+"""A text-to-video world simulator on a laptop, from nothing, in a quarter of an hour.
+
+Renders a world of balls (uniform motion, collision, parabola; PhyWorld, arXiv:2411.02385) to mp4
+and png files of several sizes, trains tokenizer, video autoencoder and diffusion transformer on
+them, samples every mode and writes report.html.
+
+    vidsim run --config=experiments/quickstart.py --workdir=runs/quickstart
+
+On your own folder of videos and images instead of the world:
+
+    vidsim run --config=experiments/quickstart.py --config.data.input=DIR --workdir=runs/mine
+"""
+
+from ml_collections import ConfigDict
+
+SIZES = ((64, 48), (48, 64), (48, 48))  # width, height
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "name": "quickstart",
+            "seed": 0,
+            "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "world": {
+                "clips": 640,
+                # width, height, frames, frames/s
+                "formats": (
+                    (64, 48, 17, 8),
+                    (48, 64, 17, 8),
+                    (48, 48, 17, 8),
+                    (64, 48, 25, 12),
+                    (48, 48, 1, 8),
+                ),
+                "kinds": ("uniform", "collision", "parabola"),
+                "gravity": 4.0,
+                "seed": 0,
+            },
+            "data": {
+                "input": "",  # a folder of videos and images; empty: the world
+                "validation_share": 0.1,
+                "max_seconds": 10.0,
+                "cache_megabytes": 512.0,
+            },
+            "pipeline": {"threads": 2, "prefetch": 4, "workers": 0, "seed": 0},
+            "tokenizer": {"vocabulary": 256, "max_tokens": 24},
+            "vae": {
+                "model": {
+                    "latent_channels": 16,
+                    "patch": (4, 4),
+                    "channels": (64, 128),
+                    "blocks": (1, 2),
+                    "strides": ((1, 2),),
+                    "time_kernels": (1, 1),
+                    "dtype": "float32",
+                },
+                "loss": {
+                    "square_weight": 10.0,
+                    "gradient_weight": 0.5,
+                    "kl_weight": 5e-4,
+                    "foreground_weight": 4.0,
+                    "foreground_scale": 0.5,
+                },
+                "buckets": {"sizes": SIZES, "frames": (1, 9), "batch_frames": 36, "max_batch": 16},
+                "optimizer": {
+                    "learning_rate": 2e-2,
+                    "adam_learning_rate": 3e-3,
+                    "weight_decay": 0.0,
+                    "warmup_steps": 20,
+                    "decay_steps": 600,
+                    "clip_norm": 1.0,
+                    "ema_sigma_rel": 0.05,
+                },
+                "loop": {
+                    "steps": 1200,
+                    "log_every": 20,
+                    "checkpoint_every": 200,
+                    "evaluate_every": 300,
+                },
+            },
+            "latents": {"sizes": SIZES, "max_frames": 25, "batch_frames": 136},
+            "dit": {
+                "model": {
+                    "width": 192,
+                    "depth": 6,
+                    "heads": 6,
+                    "mlp_hidden": 512,
+                    "patch": 1,
+                    "prediction": "x0",
+                    "remat": "none",
+                    "dtype": "float32",
+                },
+                "text": {
+                    "vocabulary": 256,
+                    "features": 64,
+                    "depth": 0,
+                    "heads": 2,
+                    "max_tokens": 24,
+                },
+                "loss": {"t_min": 0.05, "noisy_given_max": 0.3},
+                "times": {"mean": 0.0, "std": 1.0, "shift_min": 6.0, "shift_max": 16.0},
+                "conditions": {
+                    "given_rate": 0.6,
+                    "two_times_rate": 0.1,
+                    "prefix_rate": 0.9,
+                    "noisy_given_rate": 0.2,
+                },
+                "text_dropout": 0.1,
+                "pack": {"row_tokens": 384, "rows": 8, "max_segments": 8},
+                "optimizer": {
+                    "learning_rate": 1e-2,
+                    "adam_learning_rate": 2e-3,
+                    "weight_decay": 0.0,
+                    "warmup_steps": 20,
+                    "decay_steps": 250,
+                    "clip_norm": 1.0,
+                    "ema_sigma_rel": 0.05,
+                },
+                "loop": {
+                    "steps": 500,
+                    "log_every": 10,
+                    "checkpoint_every": 100,
+                    "evaluate_every": 125,
+                },
+            },
+            "sample": {
+                "frames": 17,
+                "fps": 8.0,
+                "steps": 12,
+                "guidance_scale": 3.0,
+                "solver": "euler",
+                "given_frames": 5,
+                "sizes": SIZES,
+            },
+            "evaluation": {
+                "batches": 4,  # of validation packs, for the losses at fixed times
+                "times": (0.5, 0.8, 0.95),
+                "vae_clips": 24,
+                "physics_clips": 24,
+                "physics_frames": 17,
+                "guidance_scale": 1.0,
+                "batch": 8,
+            },
+            # Sampled at every evaluation of the transformer: the same prompts, the same seeds.
+            "report": {
+                "prompts": (
+                    "a large red ball moves right fast",
+                    "a small green ball is thrown left fast and falls",
+                    "a large blue ball moves right fast and hits a small yellow ball",
+                ),
+                "seed": 1,
+            },
+        }
+    )

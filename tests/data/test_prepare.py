@@ -1,0 +1,270 @@
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from vidsim.data import prepare, records, video
+from vidsim.errors import InputError
+from vidsim.files import read_json, read_jsonl, write_jsonl
+
+
+def frames(count: int = 8, side: int = 32) -> np.ndarray:
+    video_THWC = np.zeros((count, side, side, 3), np.uint8)
+    for t in range(count):
+        video_THWC[t, :, : 2 * t + 2] = 220
+    return video_THWC
+
+
+def fill(folder: pathlib.Path) -> None:
+    """Three videos, an image, what is broken and what is no video."""
+    video.write_video(folder / "b.mp4", frames(), 8)
+    video.write_video(folder / "a" / "deep" / "c.mp4", frames(12), 8)
+    video.write_video(folder / "long.mp4", frames(16), 4)
+    video.write_image(folder / "picture.png", frames()[-1])
+    video.write_video(folder / "small.mp4", frames(4, side=8), 8)
+    whole = (folder / "b.mp4").read_bytes()
+    (folder / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("This is no video.\n" * 20)
+    (folder / "program.exe").write_bytes(bytes(range(256)) * 8)
+    (folder / "folder.mp4").mkdir()
+    (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
+    (folder / "README.md").write_text("# Videos")
+    (folder / "notes.txt").write_text("none")
+    (folder / ".hidden.mp4").write_bytes(b"")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.mp4").write_bytes(whole)
+    write_jsonl(
+        folder / "captions.jsonl",
+        [
+            {"file": "b.mp4", "caption": "a bar grows"},
+            {"file": "picture.png", "captions": ["a bar", "ein Balken, größer"]},
+            {"file": "text.mp4", "caption": "never seen"},
+        ],
+    )
+    write_jsonl(folder / "a" / "deep" / "captions.jsonl", [{"file": "c.mp4", "caption": "deep"}])
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("source")
+    fill(folder)
+    return folder
+
+
+def run(source, out, **changes) -> dict:
+    config = prepare.Config(str(source), str(out), max_seconds=3.0, validation_share=0.3)
+    return prepare.prepare(prepare.dataclasses.replace(config, **changes))
+
+
+@pytest.fixture(scope="module")
+def prepared(source, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("prepared") / "shards"
+    totals = run(source, out)
+    assert totals == {"clips": 4, "images": 1, "quarantined": 6, "out": str(out)}
+    return out
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_file_is_accounted_for(prepared):
+    manifest = read_json(prepared / "manifest.json")
+    fates = {file: row["fate"] for file, row in manifest["files"].items()}
+    assert fates == {
+        "b.mp4": "video",
+        "a/deep/c.mp4": "video",
+        "long.mp4": "video",
+        "picture.png": "image",
+        "small.mp4": "quarantined",
+        "cut.mp4": "quarantined",
+        "empty.mp4": "quarantined",
+        "text.mp4": "quarantined",
+        "program.exe": "quarantined",
+        "gone.mp4": "quarantined",
+        "README.md": "ignored",
+        "notes.txt": "ignored",
+        ".hidden.mp4": "ignored",
+        ".cache/": "ignored",
+        "captions.jsonl": "ignored",
+        "a/deep/captions.jsonl": "ignored",
+    }
+    assert manifest["ignored"] == 6
+    listed = [clip for row in manifest["files"].values() for clip in row.get("clips", ())]
+    assert sorted(listed) == sorted(row["id"] for row in records.Shards(prepared).index)
+
+
+def test_broken_files_go_to_quarantine_with_their_reason(prepared):
+    reasons = {row["file"]: row["reason"] for row in read_jsonl(prepared / "quarantine.jsonl")}
+    assert reasons.pop("cut.mp4").startswith("breaks off")
+    assert "smaller than min_side=16" in reasons.pop("small.mp4")
+    assert "empty" in reasons.pop("empty.mp4")
+    assert reasons.pop("gone.mp4") == "cannot be opened: No such file or directory"
+    assert set(reasons) == {"text.mp4", "program.exe"}
+    assert all("cannot be read as a video" in reason for reason in reasons.values())
+
+
+def test_clips_hold_the_frames_and_captions_of_their_files(source, prepared):
+    shards = records.Shards(prepared)
+    clips = {shards[i].id: shards[i] for i in range(len(shards))}
+    assert clips["b.mp4#0000"].captions == (("a bar grows", "given"),)
+    assert clips["a/deep/c.mp4#0000"].captions == (("deep", "given"),)
+    assert [text for text, _ in clips["picture.png#0000"].captions] == [
+        "a bar",
+        "ein Balken, größer",
+    ]
+    assert clips["long.mp4#0000"].captions == ()
+    long = [records.read_clip(clips[f"long.mp4#{i:04d}"]) for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(long), video.read_frames(source / "long.mp4"))
+    for clip in clips.values():
+        assert records.read_clip(clip).shape == (clip.frames, clip.height, clip.width, 3)
+
+
+def test_same_input_gives_the_same_bytes(source, prepared, tmp_path):
+    run(source, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(prepared)
+
+
+def test_a_complete_folder_is_left_alone(source, prepared, monkeypatch):
+    before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
+    monkeypatch.setattr(prepare, "examine", None)  # nothing is decoded again
+    assert run(source, prepared)["clips"] == 4
+    assert {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
+
+
+def test_another_config_and_changed_files_are_refused(tmp_path):
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    run(tmp_path / "in", tmp_path / "out")
+    with pytest.raises(InputError, match="another config; give another --out or delete it"):
+        run(tmp_path / "in", tmp_path / "out", max_seconds=1.0)
+    os.utime(tmp_path / "in" / "a.mp4", (1, 1))
+    with pytest.raises(InputError, match="files that have changed since"):
+        run(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("all of it")
+    with pytest.raises(InputError, match="is no folder of shards"):
+        run(tmp_path / "in", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_captions_are_checked_before_any_work(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    video.write_video(folder / "a.mp4", frames(), 8)
+    for line, message in [
+        (
+            '{"file": "b.mp4", "caption": "x"}',
+            r"line 2 has a caption for 'b\.mp4', which is no file",
+        ),
+        ('{"file": "a.mp4", "caption": "x"', "line 2 is not JSON"),
+        ('{"file": "a.mp4"}', "line 2 is not a row"),
+        ('["a.mp4", "x"]', "line 2 is not a row"),
+        ('{"file": 3, "caption": "x"}', "line 2 is not a row"),
+        ('{"file": "a.mp4", "captions": "x"}', "line 2 is not a row"),
+        ('{"file": "a.mp4", "caption": ""}', "line 2 has a caption that is not text"),
+        ('{"file": "a.mp4", "captions": ["x", 3]}', "line 2 has a caption that is not text"),
+    ]:
+        (folder / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "x"}\n' + line)
+        with pytest.raises(InputError, match=message):
+            run(folder, out)
+        assert not out.exists()
+
+
+def test_wrong_folders_and_settings_are_named(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        run(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "notes.txt").write_text("nothing")
+    with pytest.raises(InputError, match="holds no video or image"):
+        run(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(InputError, match="is a file; give the folder"):
+        run(tmp_path / "empty" / "notes.txt", tmp_path / "out")
+    for out in (tmp_path / "empty", tmp_path / "empty" / "out", tmp_path):
+        with pytest.raises(InputError, match="lie within each other"):
+            run(tmp_path / "empty", out)
+    for wrong in ({"validation_share": 1.0}, {"max_seconds": 0.0}, {"records_per_shard": 0}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            run(tmp_path / "empty", tmp_path / "out", **wrong)
+
+
+def test_when_nothing_decodes_the_reasons_are_told_and_nothing_is_left(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_text("no video")
+    with pytest.raises(InputError, match=r"none of the 1 files .* a\.mp4 cannot be read"):
+        run(tmp_path / "in", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_decoder_that_fails_as_nobody_foresaw_does_not_stop_the_others(tmp_path, monkeypatch):
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    video.write_video(tmp_path / "in" / "b.mp4", frames(), 8)
+    check = video.check
+    calls = []
+
+    def fail_once(source):
+        calls.append(source)
+        if len(calls) == 1:
+            raise OverflowError("too\nlarge")
+        return check(source)
+
+    monkeypatch.setattr(video, "check", fail_once)
+    assert run(tmp_path / "in", tmp_path / "out")["quarantined"] == 1
+    (row,) = read_jsonl(tmp_path / "out" / "quarantine.jsonl")
+    assert row == {"file": "a.mp4", "reason": "cannot be read: OverflowError: too large"}
+
+
+def test_split_of_a_file_does_not_depend_on_the_others():
+    sources = [f"{i}.mp4" for i in range(400)]
+    splits = prepare.split_sources(sources, 0.25)
+    assert 70 < list(splits.values()).count("validation") < 130
+    fewer = prepare.split_sources(sources[::3], 0.25)
+    assert all(splits[source] == split for source, split in fewer.items())
+    assert splits["0.mp4"] == prepare.split_sources(sources[::-1], 0.25)["0.mp4"]
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
+def test_two_files_reach_both_splits(share):
+    splits = prepare.split_sources(["a.mp4", "b.mp4"], share)
+    assert sorted(splits.values()) == ["train", "validation"]
+    assert set(prepare.split_sources(["a.mp4", "b.mp4"], 0.0).values()) == {"train"}
+
+
+def test_clips_of_a_file_are_in_one_split(prepared):
+    rows = records.Shards(prepared).index
+    assert len({row["split"] for row in rows if row["source"] == "long.mp4"}) == 1
+    assert {row["split"] for row in rows} == {"train", "validation"}
+
+
+def test_folders_that_link_to_each_other_are_walked_once(tmp_path):
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
+    media, _ = prepare.list_files(tmp_path / "in")
+    assert media == ["a.mp4"]
+
+
+def test_the_command_line_returns_the_totals(tmp_path):
+    from absl import flags
+
+    from vidsim.cli import prepare as command
+
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    values = flags.FlagValues()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flags, "FLAGS", values)
+        patch.setattr(command, "FLAGS", values)
+        for name in ("DEFINE_string", "DEFINE_float"):
+            define = getattr(flags, name)
+            patch.setattr(
+                flags, name, lambda *a, define=define, **k: define(*a, flag_values=values, **k)
+            )
+        command.define_flags()
+        values(["vidsim", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}"])
+        totals = command.main()
+    assert json.loads(json.dumps(totals)) == {
+        "clips": 1,
+        "images": 0,
+        "quarantined": 0,
+        "out": str(tmp_path / "out"),
+    }

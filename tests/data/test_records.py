@@ -1,0 +1,137 @@
+import hashlib
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from vidsim.data import records, video
+from vidsim.errors import InputError
+from vidsim.files import write_json
+
+
+def make_clips(count: int = 7) -> list[records.Clip]:
+    clips = []
+    for number in range(count):
+        frames = np.full((4 + number, 16, 16, 3), 10 * number, np.uint8)
+        clips.append(
+            records.Clip(
+                id=f"ordner/clip_{number}.mp4#0000",
+                source=f"ordner/clip_{number}.mp4",
+                data=video.encode_video(frames, 8),
+                first_frame=1,
+                width=16,
+                height=16,
+                frames=3 + number,
+                fps=8.1,
+                rotation=0,
+                captions=tuple((f"größer {number}.{i}", "given") for i in range(number % 3)),
+                split="validation" if number % 3 == 1 else "train",
+            )
+        )
+    return clips
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("shards")
+    records.write_shards(path, make_clips(), 2)
+    write_json(path / "manifest.json", {})
+    return path
+
+
+def test_records_come_back_whole_and_in_the_order_of_the_index(folder):
+    clips = make_clips()
+    expected = [clip for split in records.SPLITS for clip in clips if clip.split == split]
+    shards = records.Shards(folder)
+    assert len(shards) == 7
+    assert [shards[i] for i in range(7)] == expected
+    assert [row["id"] for row in shards.index] == [clip.id for clip in expected]
+    assert "data" not in shards.index[0]
+
+
+def test_random_access_equals_order(folder):
+    shards = records.Shards(folder)
+    in_order = [shards[i] for i in range(7)]
+    for i in (5, 0, 6, 3, 3, -1):
+        assert records.Shards(folder)[i] == in_order[i]
+    with pytest.raises(IndexError):
+        shards[7]
+
+
+def test_shards_have_the_names_of_tfds_and_at_most_so_many_records(folder):
+    names = sorted(path.name for path in folder.glob("*.array_record*"))
+    assert names == [
+        "vidsim-train.array_record-00000-of-00003",
+        "vidsim-train.array_record-00001-of-00003",
+        "vidsim-train.array_record-00002-of-00003",
+        "vidsim-validation.array_record-00000-of-00001",
+    ]
+
+
+def test_tfds_reads_the_folder(folder):
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    shards = records.Shards(folder)
+    train = builder.as_data_source(split="train")
+    assert len(train) == 5 and len(builder.as_data_source(split="validation")) == 2
+    row = train[2]
+    clip = shards[2]
+    assert row["data"] == clip.data and row["id"].decode() == clip.id
+    assert row["frames"] == clip.frames
+    texts = [text.decode() for text in row["captions"]["text"]]
+    assert texts == [text for text, _ in clip.captions]
+    assert "tensorflow" not in sys.modules
+
+
+def test_shards_survive_pickling_before_and_after_use(folder):
+    shards = records.Shards(folder)
+    fresh = pickle.loads(pickle.dumps(shards))
+    assert fresh[3] == shards[3]
+    assert pickle.loads(pickle.dumps(shards))[3] == shards[3]
+
+
+def test_reading_a_clip_leaves_out_what_comes_before_its_first_frame(folder):
+    clip = records.Shards(folder)[1]
+    assert video.probe(clip.data).frames == clip.frames + 1
+    assert len(records.read_clip(clip)) == clip.frames
+    assert len(records.read_clip(clip, start=1, count=2)) == 2
+
+
+def test_same_clips_give_the_same_bytes_in_every_process(folder, tmp_path):
+    def digest(path):
+        names = ["index.jsonl", "features.json", "dataset_info.json"]
+        files = [*sorted(path.glob("*.array_record*")), *(path / name for name in names)]
+        return [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+
+    program = (
+        "import sys; sys.path[:0] = sys.argv[1:3]; from test_records import *;"
+        "records.write_shards(sys.argv[3], make_clips(), 2)"
+    )
+    here = pathlib.Path(__file__).parent
+    arguments = [str(here), str(here.parents[1]), str(tmp_path)]
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+    assert digest(tmp_path) == digest(folder)
+
+
+def test_a_folder_that_holds_no_shards_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"index\.jsonl is not there; give the folder"):
+        records.Shards(tmp_path)
+    (tmp_path / "index.jsonl").write_text("")
+    with pytest.raises(InputError, match="manifest"):
+        records.Shards(tmp_path)
+
+
+def test_an_index_that_does_not_fit_its_records_is_an_error(folder, tmp_path):
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    lines = (tmp_path / "index.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "index.jsonl").write_text("".join(lines[::-1]))
+    with pytest.raises(InputError, match="is not 'ordner"):
+        records.Shards(tmp_path)[0]
+    (tmp_path / "index.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(InputError, match="holds 7 records but its index"):
+        records.Shards(tmp_path)[0]

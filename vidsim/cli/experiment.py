@@ -1,0 +1,30 @@
+"""The flags of every verb that works on an experiment: --config and --workdir."""
+
+import json
+
+from absl import flags
+from ml_collections import config_flags
+
+from vidsim import compiling, stages
+from vidsim.parallel import multihost
+
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file(
+        "config", None, "Experiment file; --config.a.b=value overrides a field."
+    )
+    flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, report.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+
+def open_run() -> stages.Run:
+    """Joins the other processes, if any, and opens the work folder."""
+    multihost.initialize()
+    # Tuples become lists, so that this config equals the one that is read back.
+    config = json.loads(json.dumps(FLAGS.config.to_dict()))
+    run = stages.Run(config, FLAGS.workdir)
+    multihost.run_once(run.claim_folder, "config")
+    compiling.cache_in(run.path("compiled"))
+    return run

@@ -1,0 +1,34 @@
+"""Writes weights, config, tokenizer and latent statistics of a run to a folder of safetensors."""
+
+import pathlib
+
+from absl import flags
+
+from vidsim import files, stages
+from vidsim.errors import InputError
+from vidsim.export import models
+
+FLAGS = flags.FLAGS
+FORMATS = ("safetensors",)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("run", None, "Work folder of a trained run.", required=True)
+    flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)
+    flags.DEFINE_enum("format", "safetensors", FORMATS, "Format of the weights.")
+    flags.DEFINE_enum("weights", "ema", models.WEIGHTS, "Averaged or last weights.")
+
+
+def main() -> dict:
+    if pathlib.Path(FLAGS.out).exists():
+        raise InputError(f"--out={FLAGS.out} exists; choose a new folder or delete it")
+    run = stages.open_folder(FLAGS.run)
+    loaded = stages.load_models(run, FLAGS.weights)
+    about = {
+        "name": run.config["name"],
+        "weights": FLAGS.weights,
+        "sample": run.config["sample"],
+    }
+    models.save(loaded, FLAGS.out, about=about)
+    facts = files.read_json(pathlib.Path(FLAGS.out) / "model.json")
+    return {"out": FLAGS.out, "weights": FLAGS.weights, "parameters": facts["parameters"]}

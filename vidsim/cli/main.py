@@ -1,0 +1,98 @@
+"""`vidsim VERB --flags`: finds the verb, parses its flags, prints its result as one JSON line.
+
+Exit codes: 0 done; 2 bad usage or config, a restart cannot help; 75 stopped after saving, start it
+again; 1 anything else.
+"""
+
+import difflib
+import importlib
+import json
+import logging
+import os
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+
+from vidsim.errors import InputError, Restart
+
+VERBS = {
+    "worlds": "renders a captioned world as mp4 and png files",
+    "prepare": "turns a folder of videos and images into shards",
+    "train": "trains one model: tokenizer, vae or dit",
+    "encode": "writes the latent cache",
+    "sample": "makes videos and images in every prompting mode",
+    "evaluate": "measures a run and writes its report",
+    "export": "writes weights, config and tokenizer for others",
+    "run": "all stages of an experiment",
+}
+BAD_INPUT, RESTART = 2, 75
+
+
+def usage() -> str:
+    lines = [f"  {verb:10} {does}" for verb, does in VERBS.items()]
+    return "\n".join(["usage: vidsim VERB --flags", *lines, "vidsim VERB --help lists its flags"])
+
+
+def fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def parse(verb: str, arguments: list[str]):
+    """The verb's module, with its flags parsed.
+
+    Raises:
+      InputError: an unknown verb or flag, a config file or key that is not there.
+    """
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(VERBS)}"
+        raise InputError(f"unknown verb {verb!r}; {remedy}")
+    module = importlib.import_module(f"vidsim.cli.{verb}")
+    module.define_flags()
+    for argument in arguments:
+        path = argument.removeprefix("--config=")
+        if path != argument and not os.path.isfile(path):
+            raise InputError(f"no config file {path}; give an experiment such as experiments/*.py")
+    try:
+        rest = flags.FLAGS([f"vidsim {verb}", *arguments])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{reason}; `vidsim {verb} --help` lists the flags") from error
+    if len(rest) > 1:
+        raise InputError(f"unexpected argument {rest[1]!r}; flags are --name=value")
+    return module
+
+
+def execute(arguments: list[str]) -> int:
+    """Runs `vidsim ARGUMENTS` and returns the exit code."""
+    if not arguments or arguments[0] in ("help", "--help", "-h"):
+        print(usage())
+        return 0 if arguments else BAD_INPUT
+    verb, *rest = arguments
+    try:
+        if {"--help", "-h"} & set(rest) and verb in VERBS:
+            module = importlib.import_module(f"vidsim.cli.{verb}")
+            module.define_flags()
+            print(f"vidsim {verb}: {module.__doc__}\n{flags.FLAGS.main_module_help()}")
+            return 0
+        module = parse(verb, rest)
+        # The libraries below tell much that is not the user's business.
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        logging.getLogger("jax").setLevel(logging.ERROR)
+        print(json.dumps(module.main()), flush=True)
+    except InputError as error:
+        return fail(" ".join(str(error).split()), BAD_INPUT)
+    except Restart as error:
+        return fail(str(error), RESTART)
+    return 0
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(execute(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

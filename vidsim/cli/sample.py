@@ -1,0 +1,67 @@
+"""Makes a video or an image: from text, from an image, or going on from a video.
+
+Writes OUT.mp4 or OUT.png and OUT.json, which makes the same file again with --request=OUT.json.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from vidsim import compiling, config, files, stages
+from vidsim.export import models as exported
+from vidsim.sampling import generate, modes
+
+FLAGS = flags.FLAGS
+DIRECTIONS = ("forward",)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("run", None, "Work folder of a run, or a folder that `export` wrote.")
+    flags.DEFINE_string("out", None, "File to write, without its ending.", required=True)
+    flags.DEFINE_string("request", None, "Side-car of a sample to make again; flags override it.")
+    flags.DEFINE_enum("mode", "text", ("text", "animate", "extend"), "Prompting mode.")
+    flags.DEFINE_string("prompt", "", "What is to be seen; empty samples without guidance.")
+    flags.DEFINE_string("image", None, "The image to animate.")
+    flags.DEFINE_string("video", None, "The video to extend.")
+    flags.DEFINE_enum("direction", "forward", DIRECTIONS, "Where to extend to.")
+    flags.DEFINE_integer("seed", 0, "Of the noise: the same seed gives the same file.")
+    flags.DEFINE_integer("width", None, "Pixels; by default the input's aspect ratio decides.")
+    flags.DEFINE_integer("height", None, "Pixels.")
+    flags.DEFINE_integer("frames", None, "1 for an image; counts the given frames too.")
+    flags.DEFINE_integer("given_frames", None, "Frames of the video that extend goes on from.")
+    flags.DEFINE_float("fps", None, "Frames a second.")
+    flags.DEFINE_integer("steps", None, "Steps of the sampler.")
+    flags.DEFINE_float("guidance_scale", None, "1 is no guidance.")
+    flags.DEFINE_string("solver", None, "euler or heun.")
+    flags.DEFINE_enum("weights", "ema", exported.WEIGHTS, "Averaged or last weights of a run.")
+
+
+def _flags() -> dict:
+    """The flags by name; None where the user said nothing, so that a side-car can."""
+    names = (*(f.name for f in dataclasses.fields(modes.Config) if f.name != "sizes"),)
+    names += ("run", "request", "mode", "prompt", "image", "video", "seed", "width", "height")
+    return {name: FLAGS[name].value if FLAGS[name].present else None for name in names} | {
+        "weights": FLAGS.weights
+    }
+
+
+def _load(folder: str) -> tuple[generate.Models, modes.Config]:
+    """Models and sampling defaults of a run or of an exported folder."""
+    if (pathlib.Path(folder) / "model.json").is_file():
+        about = files.read_json(pathlib.Path(folder) / "model.json")
+        return exported.load(folder), config.build(modes.Config, about["sample"])
+    run = stages.open_folder(folder)
+    compiling.cache_in(run.path("compiled"))
+    return stages.load_models(run, FLAGS.weights), run.sample
+
+
+def main() -> dict:
+    choice = modes.from_flags(_flags())
+    loaded, defaults = _load(choice["run"])
+    request, before = modes.request(choice, defaults)
+    generate.check(loaded, request)
+    car = {key: choice[key] for key in ("run", "image", "video", "weights")}
+    modes.write(loaded, [request], [FLAGS.out], cars=[car], before=[before])
+    ending = ".png" if request.frames == 1 else ".mp4"
+    return {"out": FLAGS.out + ending, "prompt": request.prompt, "seed": request.seed}

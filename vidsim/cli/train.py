@@ -1,0 +1,18 @@
+"""Trains one model of an experiment, from its newest checkpoint on."""
+
+from absl import flags
+
+from vidsim import stages
+from vidsim.cli import experiment
+
+FLAGS = flags.FLAGS
+MODELS = ("tokenizer", "vae", "dit")
+
+
+def define_flags() -> None:
+    experiment.define_flags()
+    flags.DEFINE_enum("model", None, MODELS, "Which model to train.", required=True)
+
+
+def main() -> dict:
+    return stages.do(experiment.open_run(), FLAGS.model)

@@ -1,0 +1,11 @@
+"""Compiled programs are kept on disk: a restart, and the next verb, do not compile again."""
+
+import os
+
+import jax
+
+
+def cache_in(folder: str | os.PathLike) -> None:
+    """Keeps compiled programs in `folder`, whatever their size."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,52 @@
+"""Experiment sections as frozen dataclasses: below this edge nobody sees a ConfigDict."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+
+from vidsim.errors import InputError
+
+
+def freeze(value):
+    """Lists as tuples, all the way down, so that a config hashes."""
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    return value
+
+
+def build(cls, section: Mapping, *, where: str = ""):
+    """`cls(**section)` with the errors a user needs.
+
+    Raises:
+      InputError: a key that `cls` has not, or one that it needs and the section lacks.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    where = where or cls.__module__.rpartition(".")[2]
+    for key in section:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+            raise InputError(f"unknown config key {where}.{key}={section[key]!r}; {remedy}")
+    for name, field in fields.items():
+        defaulted = (
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+        )
+        if name not in section and not defaulted:
+            raise InputError(f"config key {where}.{name} is missing; give it a value")
+    return cls(**{key: freeze(value) for key, value in section.items()})
+
+
+def difference(old: Mapping, new: Mapping, path: str = "") -> str | None:
+    """The first key where two nested mappings differ, as `path: old -> new`; None if equal."""
+    for key in sorted(old.keys() | new.keys()):
+        name = f"{path}.{key}" if path else key
+        if key not in old or key not in new:
+            return f"{name}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        if isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
+            found = difference(old[key], new[key], name)
+            if found:
+                return found
+        elif freeze(old[key]) != freeze(new[key]):
+            return f"{name}: {old[key]} -> {new[key]}"
+    return None

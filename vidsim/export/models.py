@@ -1,0 +1,144 @@
+"""The trained models of a run, from its checkpoints or from an exported folder.
+
+An exported folder holds
+
+    model.json            configs, compression, provenance, what the weights are (EMA or not)
+    vae.safetensors       weights and latent statistics
+    dit.safetensors       weights of transformer and text encoder
+    tokenizer.model       SentencePiece
+
+and samples exactly what the run samples.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from vidsim import files, trees
+from vidsim.diffusion import time_sampling
+from vidsim.errors import InputError
+from vidsim.models import dit, vae
+from vidsim.sampling.generate import Models
+from vidsim.text import encoder, tokenizer
+from vidsim.training.checkpoint import Checkpoints
+
+WEIGHTS = ("ema", "params")
+FORMAT = 1
+
+
+def patch_values(vae_config: vae.Config, dit_config: dit.Config) -> int:
+    """Values of one token."""
+    return dit_config.patch**2 * vae_config.latent_channels
+
+
+def abstract_vae(config: vae.Config):
+    return _abstract(lambda: vae.VAE(config, nnx.Rngs(0)))
+
+
+def abstract_dit(config: dit.Config, text: encoder.Config, values: int):
+    return _abstract(lambda: dit.DiT(config, text, values, nnx.Rngs(0)))
+
+
+def _abstract(make):
+    return jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make())))
+
+
+def save(models: Models, folder: str | os.PathLike, *, about: dict) -> None:
+    """Writes an exported folder; `about` is provenance for model.json."""
+    with files.atomic_path(folder) as temporary:
+        temporary.mkdir(parents=True)
+        vae_arrays = {f"vae/{k}": _host(v) for k, v in trees.flatten(models.vae_params).items()}
+        vae_arrays["statistics/mean_C"] = _host(models.statistics.mean_C)
+        vae_arrays["statistics/std_C"] = _host(models.statistics.std_C)
+        save_file(vae_arrays, temporary / "vae.safetensors")
+        dit_arrays = {k: _host(v) for k, v in trees.flatten(models.dit_params).items()}
+        save_file(dit_arrays, temporary / "dit.safetensors")
+        tokenizer.save(models.tokenizer, temporary / "tokenizer.model")
+        facts = {
+            "format": FORMAT,
+            "vae": dataclasses.asdict(models.vae),
+            "dit": dataclasses.asdict(models.dit),
+            "text": dataclasses.asdict(models.text),
+            "times": dataclasses.asdict(models.times),
+            "parameters": {
+                "vae": trees.count(models.vae_params),
+                "dit": trees.count(models.dit_params),
+            },
+            **about,
+        }
+        files.write_json(temporary / "model.json", facts)
+
+
+def load(folder: str | os.PathLike) -> Models:
+    """The models of an exported folder.
+
+    Raises:
+      InputError: the folder is no export, or of a format that this version does not read.
+    """
+    folder = pathlib.Path(folder)
+    if not (folder / "model.json").is_file():
+        raise InputError(f"{folder} has no model.json; give the folder of `vidsim export --out`")
+    facts = files.read_json(folder / "model.json")
+    if facts["format"] != FORMAT:
+        raise InputError(f"{folder} has format {facts['format']}, this version reads {FORMAT}")
+    vae_config, dit_config = vae.Config(**facts["vae"]), dit.Config(**facts["dit"])
+    text = encoder.Config(**facts["text"])
+    arrays = load_file(folder / "vae.safetensors")
+    weights = {k.removeprefix("vae/"): v for k, v in arrays.items() if k.startswith("vae/")}
+    named = load_file(folder / "dit.safetensors")
+    values = patch_values(vae_config, dit_config)
+    return Models(
+        vae=vae_config,
+        vae_params=_device(trees.unflatten(weights, abstract_vae(vae_config))),
+        statistics=vae.Statistics(
+            jnp.asarray(arrays["statistics/mean_C"]), jnp.asarray(arrays["statistics/std_C"])
+        ),
+        dit=dit_config,
+        text=text,
+        dit_params=_device(trees.unflatten(named, abstract_dit(dit_config, text, values))),
+        times=time_sampling.Config(**facts["times"]),
+        tokenizer=tokenizer.load(folder / "tokenizer.model", max_tokens=text.max_tokens),
+    )
+
+
+def restore(folder: str | os.PathLike, abstract, weights: str):
+    """The newest weights, `ema` or `params`, in the checkpoints of one training stage.
+
+    Raises:
+      InputError: there is no checkpoint, or `weights` is unknown.
+    """
+    if weights not in WEIGHTS:
+        raise InputError(f"weights={weights!r} is none of {WEIGHTS}")
+    if not pathlib.Path(folder).is_dir():
+        raise InputError(f"no checkpoints at {folder}; train first, or give an exported folder")
+    checkpoints = Checkpoints(folder)
+    try:
+        if checkpoints.latest is None:
+            raise InputError(f"{folder} holds no checkpoint yet; train on, or give another run")
+        return checkpoints.load_part(weights, abstract)
+    finally:
+        checkpoints.close()
+
+
+def statistics_from(path: str | os.PathLike) -> vae.Statistics:
+    """Latent statistics that the VAE's training left behind."""
+    if not pathlib.Path(path).is_file():
+        raise InputError(f"no latent statistics at {path}; the VAE's training has not finished")
+    saved = files.read_json(path)
+    return vae.Statistics(
+        jnp.asarray(saved["mean_C"], jnp.float32), jnp.asarray(saved["std_C"], jnp.float32)
+    )
+
+
+def _host(leaf) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(leaf))
+
+
+def _device(tree):
+    return jax.tree.map(jnp.asarray, tree)

@@ -1,0 +1,167 @@
+"""Prompting modes: what the user gives, as the request that the sampler takes.
+
+text      a prompt                      -> a video, or an image where frames = 1
+animate   a prompt and an image         -> a video that begins with the image
+extend    a prompt and a video          -> the video, going on
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from vidsim import files
+from vidsim.data import video
+from vidsim.data.buckets import nearest_size
+from vidsim.errors import InputError
+from vidsim.sampling.generate import Models, Request, generate
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What a sample is when the user does not say; every field has a flag of its name."""
+
+    frames: int
+    fps: float
+    steps: int
+    guidance_scale: float
+    solver: str
+    given_frames: int  # of the video to extend: its last 1 + 4k
+    sizes: tuple[tuple[int, int], ...]  # (width, height): the nearest to the input's aspect ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """What a mode begins with: frames before those that the model sees, and those."""
+
+    before_THWC: np.ndarray
+    given_THWC: np.ndarray
+
+
+def read_input(path: str | os.PathLike, mode: str, config: Config, *, width, height) -> Input:
+    """Reads the image or video that `mode` begins with, resized to `width` x `height`.
+
+    Raises:
+      InputError: no such file, not decodable, or shorter than `given_frames`.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no file {path}; give --image for animate, --video for extend")
+    try:
+        if mode == "animate":
+            frames = video.read_frames(path, count=1)
+        else:
+            frames = video.read_frames(path, fps=config.fps)
+    except video.DecodeError as error:
+        raise InputError(f"{path} cannot be decoded: {error}; give another file") from error
+    frames = video.fit(frames, height, width)
+    count = 1 if mode == "animate" else config.given_frames
+    if len(frames) < count:
+        raise InputError(
+            f"{path} has {len(frames)} frames at {config.fps} frames/s, extend needs "
+            f"given_frames={count}; give a longer video or lower --given_frames to 1 + 4k"
+        )
+    return Input(frames[: len(frames) - count], frames[len(frames) - count :])
+
+
+def size_of(path: str | os.PathLike | None, config: Config) -> tuple[int, int]:
+    """(width, height) to sample at: nearest to the input's aspect ratio, else the first size."""
+    if path is None:
+        return tuple(config.sizes[0])
+    try:
+        info = video.probe(path)
+    except (video.DecodeError, OSError) as error:
+        raise InputError(f"{path} cannot be decoded: {error}; give another file") from error
+    return nearest_size(info.width, info.height, config.sizes)
+
+
+def write(
+    models: Models, requests: list[Request], paths: list[str], *, cars: list[dict], before=None
+) -> None:
+    """Samples requests of one shape and writes each with its side-car; images where frames = 1.
+
+    `cars` are facts for the side-cars beyond the request. `before` are frames to put in front.
+    """
+    before = before or [None] * len(requests)
+    made = generate(models, requests)
+    for request, path, car, lead, pixels in zip(requests, paths, cars, before, made, strict=True):
+        if lead is not None:
+            pixels = np.concatenate([lead, pixels])
+        stem = os.fspath(path)
+        if len(pixels) == 1:
+            video.write_image(stem + ".png", pixels[0])
+        else:
+            video.write_video(stem + ".mp4", pixels, request.fps)
+        files.write_json(stem + ".json", {**side_car(request), **car})
+
+
+def side_car(request: Request) -> dict:
+    """The request as JSON: all that is needed to make the sample again, but the input's pixels."""
+    facts = dataclasses.asdict(dataclasses.replace(request, given_THWC=None))
+    facts["given_frames"] = 0 if request.given_THWC is None else len(request.given_THWC)
+    del facts["given_THWC"]
+    return facts
+
+
+def from_flags(given: dict) -> dict:
+    """What the user chose: flags that were set, over the side-car of `--request`, if any.
+
+    Raises:
+      InputError: no such side-car, or no run named in either.
+    """
+    choice = {}
+    if given["request"]:
+        if not os.path.isfile(given["request"]):
+            raise InputError(f"no side-car {given['request']}; give the .json beside a sample")
+        choice = files.read_json(given["request"])
+    choice = {**dict.fromkeys(given), **choice}
+    choice.update({name: value for name, value in given.items() if value is not None})
+    if not choice["run"]:
+        raise InputError("no run to sample from; give --run=FOLDER, a run's or an exported one")
+    return choice
+
+
+def request(choice: dict, config: Config) -> tuple[Request, np.ndarray | None]:
+    """The request of a choice, with defaults filled in, and the frames to put before it.
+
+    Raises:
+      InputError: the mode lacks its input, or has one that it does not take.
+    """
+    mode = choice["mode"] or "text"
+    needed = {"text": None, "animate": "image", "extend": "video"}.get(mode)
+    for name in ("image", "video"):
+        if choice[name] and name != needed:
+            raise InputError(f"mode={mode} takes no --{name}={choice[name]}; leave it out")
+    source = choice[needed] if needed else None
+    if needed and not source:
+        raise InputError(f"mode={mode} needs --{needed}=FILE")
+    filled = {
+        field.name: choice[field.name] if choice[field.name] is not None else default
+        for field in dataclasses.fields(Config)
+        if (default := getattr(config, field.name)) is not None and field.name != "sizes"
+    }
+    if (choice["width"] is None) != (choice["height"] is None):
+        raise InputError(
+            f"width={choice['width']} with height={choice['height']}; give both or neither"
+        )
+    if choice["width"] is None:
+        width, height = size_of(source, config)
+    else:
+        width, height = choice["width"], choice["height"]
+    begin = None
+    if source:
+        wanted = dataclasses.replace(config, fps=filled["fps"], given_frames=filled["given_frames"])
+        begin = read_input(source, mode, wanted, width=width, height=height)
+    made = Request(
+        mode=mode,
+        prompt=choice["prompt"] or "",
+        seed=choice["seed"] or 0,
+        width=width,
+        height=height,
+        frames=filled["frames"],
+        fps=filled["fps"],
+        steps=filled["steps"],
+        guidance_scale=filled["guidance_scale"],
+        solver=filled["solver"],
+        given_THWC=begin.given_THWC if begin else None,
+    )
+    return made, begin.before_THWC if begin and len(begin.before_THWC) else None
