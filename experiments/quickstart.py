@@ -47,11 +47,12 @@ def get_config() -> ConfigDict:
             "vae": {
                 "model": {
                     "latent_channels": 16,
-                    "patch": (4, 4),
-                    "channels": (64, 128),
-                    "blocks": (1, 2),
-                    "strides": ((1, 2),),
-                    "time_kernels": (1, 1),
+                    "patch": (1, 1),
+                    "channels": (16, 64, 128),
+                    "encoder_blocks": (0, 1, 2),
+                    "decoder_blocks": (1, 1, 2),
+                    "strides": ((4, 4), (1, 2)),
+                    "time_kernels": (1, 1, 1),
                     "dtype": "float32",
                 },
                 "loss": {

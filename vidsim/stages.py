@@ -568,7 +568,7 @@ def _evaluate(run: Run) -> dict:
         rows, videos = evaluator.physics_rows(
             models, cases, given_frames=run.sample.given_frames, batch=settings.batch
         )
-        results["physics"] = physics.summarise(rows)
+        results["physics"] = physics.summarise(rows) if rows else None
         for place, row in enumerate(rows[:6]):
             request, real, known = cases[row["case"]]
             stem = run.path("samples", "physics", f"{place:02d}")

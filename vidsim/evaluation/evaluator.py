@@ -90,7 +90,7 @@ def physics_requests(
     for record in held_out(clips.index, frames=frames):
         row = clips.index[record]
         known = truth.get(row["source"])
-        if known is None:
+        if known is None or not physics.counts(cut(known, frames), start=given_frames):
             continue
         real = clips.window(record, 0, frames, known["height"], known["width"])
         request = generate.Request(
@@ -133,24 +133,21 @@ def physics_rows(
             padded = part + part[-1:] * (batch - len(part))
             made = generate.generate(models, [cases[number][0] for number in padded])
             videos.update(zip(part, made, strict=False))
-        for place, number in enumerate(members):
-            request, real, known = cases[number]
-            wrong = next(
-                (
-                    other
-                    for other in members[place + 1 :] + members[:place]
-                    if cases[other][0].prompt != request.prompt
-                ),
-                None,
-            )
-            if wrong is None:
-                continue
-            row = physics.references(
-                real, known, cases[wrong][1], cases[wrong][2], start=given_frames
-            )
-            row["velocity_error"] = physics.velocity_error(
-                videos[number], known, start=given_frames
-            )
-            row.update(kind=known["kind"], case=number)
-            rows.append(row)
+    for number, (_, real, known) in enumerate(cases):
+        wrong = _other_prompt(cases, number)
+        if wrong is None:
+            continue
+        _, wrong_real, wrong_known = wrong
+        row = physics.references(real, known, wrong_real, wrong_known, start=given_frames)
+        row["velocity_error"] = physics.velocity_error(videos[number], known, start=given_frames)
+        rows.append({**row, "kind": known["kind"], "case": number})
     return rows, [videos[number] for number in range(len(cases))]
+
+
+def _other_prompt(cases: list, number: int):
+    """The next case of another prompt that can stand in for this one; None if there is none."""
+    request = cases[number][0]
+    for other in (*cases[number + 1 :], *cases[:number]):
+        if other[0].prompt != request.prompt and other[0].fps == request.fps:
+            return other
+    return None

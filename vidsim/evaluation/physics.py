@@ -106,6 +106,11 @@ def _true_velocities(truth_row, *, start):
     return _velocities(positions_NT2, truth_row), counts
 
 
+def counts(truth_row: dict, *, start: int) -> bool:
+    """Whether the truth shows a ball whole in two frames from the first generated one on."""
+    return bool(_true_velocities(truth_row, start=start)[1].any())
+
+
 def references(
     real_THWC: np.ndarray, truth_row: dict, wrong_THWC: np.ndarray, wrong_row: dict, *, start: int
 ) -> dict:

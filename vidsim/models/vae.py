@@ -33,18 +33,21 @@ class Config:
     latent_channels: int
     patch: tuple[int, int]  # (frames, pixels) folded into channels before the first level
     channels: tuple[int, ...]  # width of each level
-    blocks: tuple[int, ...]  # residual blocks of each level
+    encoder_blocks: tuple[int, ...]  # residual blocks of each level
+    decoder_blocks: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]  # (time, space) between levels
     time_kernels: tuple[int, ...]  # time taps of the convolutions of each level
     dtype: str  # of activations; statistics and losses are float32
 
     def __post_init__(self):
         levels = len(self.channels)
-        if not (len(self.blocks) == len(self.time_kernels) == levels == len(self.strides) + 1):
-            raise InputError(
-                f"VAE with {levels} channels, {len(self.blocks)} blocks, {len(self.time_kernels)} "
-                f"time_kernels and {len(self.strides)} strides: give one a level, strides one less"
-            )
+        for name in ("encoder_blocks", "decoder_blocks", "time_kernels", "strides"):
+            wanted = levels - (name == "strides")
+            if len(getattr(self, name)) != wanted:
+                raise InputError(
+                    f"{name}={getattr(self, name)} has {len(getattr(self, name))} entries, "
+                    f"{levels} channels need {wanted}; give one a level, strides between them"
+                )
 
     @property
     def compression(self) -> tuple[int, int]:
@@ -156,15 +159,15 @@ class VAE(nnx.Module):
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config
-        levels = list(zip(config.channels, config.blocks, config.time_kernels, strict=True))
+        levels = range(len(config.channels))
         pixels = 3 * config.patch[0] * config.patch[1] ** 2
 
         encoder = [CausalConv3d(pixels, config.channels[0], (1, 3, 3), rngs=rngs)]
-        for level, (channels, blocks, time_kernel) in enumerate(levels):
+        for level in levels:
             if level:
-                stride = config.strides[level - 1]
-                encoder.append(Downsample(config.channels[level - 1], channels, stride, rngs=rngs))
-            encoder += [ResidualBlock(channels, time_kernel, rngs=rngs) for _ in range(blocks)]
+                narrow, wide = config.channels[level - 1 : level + 1]
+                encoder.append(Downsample(narrow, wide, config.strides[level - 1], rngs=rngs))
+            encoder += self._blocks(level, config.encoder_blocks[level], rngs)
         encoder.append(RMSNorm(config.channels[-1]))
         encoder.append(
             CausalConv3d(config.channels[-1], 2 * config.latent_channels, (1, 1, 1), rngs=rngs)
@@ -172,14 +175,18 @@ class VAE(nnx.Module):
         self.encoder = nnx.List(encoder)
 
         decoder = [CausalConv3d(config.latent_channels, config.channels[-1], (1, 3, 3), rngs=rngs)]
-        for level, (channels, blocks, time_kernel) in reversed(list(enumerate(levels))):
-            decoder += [ResidualBlock(channels, time_kernel, rngs=rngs) for _ in range(blocks)]
+        for level in reversed(levels):
+            decoder += self._blocks(level, config.decoder_blocks[level], rngs)
             if level:
-                stride = config.strides[level - 1]
-                decoder.append(Upsample(channels, config.channels[level - 1], stride, rngs=rngs))
+                narrow, wide = config.channels[level - 1 : level + 1]
+                decoder.append(Upsample(wide, narrow, config.strides[level - 1], rngs=rngs))
         decoder.append(RMSNorm(config.channels[0]))
         decoder.append(CausalConv3d(config.channels[0], pixels, (1, 3, 3), rngs=rngs))
         self.decoder = nnx.List(decoder)
+
+    def _blocks(self, level: int, count: int, rngs: nnx.Rngs) -> list[ResidualBlock]:
+        channels, taps = self.config.channels[level], self.config.time_kernels[level]
+        return [ResidualBlock(channels, taps, rngs=rngs) for _ in range(count)]
 
     def posterior(self, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The mean and log-variance, float32 [B, t, h, w, latent_channels]."""

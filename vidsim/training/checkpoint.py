@@ -54,8 +54,9 @@ class Checkpoints:
 
     def load_part(self, part: str, abstract):
         """One field of the newest state, such as `ema`, whatever the data; on one device."""
-        partial = ocp.options.PyTreeOptions.Loading(partial_load=True)
-        with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=partial)):
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             return self._checkpointer.load(self.latest, {part: abstract})[part]
 
     def wait(self) -> None:
