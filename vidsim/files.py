@@ -20,8 +20,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield temporary
-        if temporary.is_dir() and path.exists():
+        if path.is_dir():
             shutil.rmtree(path)
+        elif temporary.is_dir():
+            path.unlink(missing_ok=True)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():
@@ -48,5 +50,6 @@ def write_jsonl(path: str | os.PathLike, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): a caption may hold one of the other characters that it cuts at.
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line.strip()]

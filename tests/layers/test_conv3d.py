@@ -28,7 +28,7 @@ def native(past_BTHWC, kernel_THWCD):
     )
 
 
-@pytest.mark.parametrize("kernel", [(1, 3, 3), (2, 2, 3), (3, 3, 3), (3, 1, 1)])
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3), (2, 2, 3), (3, 3, 3), (3, 1, 1)])
 def test_sum_of_taps_equals_native_3d_convolution(kernel):
     x, weights = normal(0, 2, 4, 5, 6, 5), normal(1, *kernel, 5, 7)
     past = np.concatenate([x[:, :1]] * (kernel[0] - 1) + [x], axis=1)

@@ -1,6 +1,6 @@
 """The latent cache: every clip through the VAE once, then the transformer trains on latents alone.
 
-A cache folder holds one `latents-*.npz` a shape and, written last, `cache.json` with the index and
+A cache folder holds one `latents-*.npy` a shape and, written last, `cache.json` with the index and
 the fingerprint of what made it. Latents are bfloat16 (stored as its 16 bits), normalised per
 channel, at the clip's own size.
 """
@@ -9,6 +9,7 @@ channel, at the clip's own size.
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable
@@ -92,7 +93,11 @@ def write(
     index = []
     with progress.bar(total=len(windows), desc="encode", unit="clip") as bar:
         for (frames, height, width), members in sorted(groups.items()):
-            name = f"latents-{frames}x{height}x{width}-{mark}.npy"
+            # Another VAE, or other clips, have other names.
+            contents = [(clips.index[w.record]["id"], w.start) for w in members]
+            facts = json.dumps([mark, contents]).encode()
+            digest = hashlib.sha256(facts).hexdigest()[:16]
+            name = f"latents-{frames}x{height}x{width}-{digest}.npy"
             path = folder / name
             if not path.exists():
                 batch = max(1, config.batch_frames // frames)
@@ -151,6 +156,12 @@ class Latents:
         self.index: list[dict] = cache["index"]
         names = {row["file"] for row in self.index}
         self._arrays = {name: np.load(self.folder / name, mmap_mode="r") for name in names}
+
+    def __getstate__(self):
+        return {"folder": self.folder}
+
+    def __setstate__(self, state):
+        self.__init__(state["folder"])
 
     def __len__(self) -> int:
         return len(self.index)

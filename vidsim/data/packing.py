@@ -20,6 +20,7 @@ of all epochs stand behind each other, so nothing is dropped at an epoch's end.
 import bisect
 import dataclasses
 import functools
+import threading
 
 import numpy as np
 
@@ -90,6 +91,7 @@ class Plan:
                 f"{config.row_tokens}; raise pack.row_tokens or lower the latents' max_frames"
             )
         self._first_row = [0]  # of each epoch
+        self._growing = threading.Lock()  # the reading threads share the plan
         self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
 
     def __getstate__(self):
@@ -108,9 +110,10 @@ class Plan:
 
     def row(self, number: int) -> list[tuple[int, int]]:
         """Samples (number, epoch) of a row of the endless sequence."""
-        while self._first_row[-1] <= number:
-            epoch = len(self._first_row) - 1
-            self._first_row.append(self._first_row[-1] + len(self._epoch(epoch)))
+        with self._growing:
+            while self._first_row[-1] <= number:
+                epoch = len(self._first_row) - 1
+                self._first_row.append(self._first_row[-1] + len(self._epoch(epoch)))
         epoch = bisect.bisect_right(self._first_row, number) - 1
         return [(s, epoch) for s in self._epoch(epoch)[number - self._first_row[epoch]]]
 

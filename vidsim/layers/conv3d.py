@@ -20,6 +20,8 @@ def causal_conv3d(x_BTHWC: jax.Array, kernel_THWCD: jax.Array) -> jax.Array:
     """Convolves with stride 1: zero padding in space, the first frame repeated before time."""
     B, T, H, W, C = x_BTHWC.shape
     taps = kernel_THWCD.shape[0]
+    if kernel_THWCD.shape[:3] == (1, 1, 1):
+        return x_BTHWC @ kernel_THWCD[0, 0, 0]
     past = jnp.repeat(x_BTHWC[:, :1], taps - 1, axis=1)
     padded = jnp.concatenate([past, x_BTHWC], axis=1)
     result = 0.0

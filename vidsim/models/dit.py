@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidsim.attention import segments
+from vidsim.diffusion import flow
 from vidsim.errors import InputError
 from vidsim.layers.linear import Linear, SwiGLU
 from vidsim.layers.norms import rms_normalise
@@ -53,6 +54,8 @@ class Config:
                 f"width={self.width} over heads={self.heads} is not an even head dimension; "
                 "choose a width that is a multiple of twice the heads"
             )
+        if self.prediction not in flow.PREDICTIONS:
+            raise InputError(f"prediction={self.prediction!r} is none of {flow.PREDICTIONS}")
         if self.remat not in REMAT_POLICIES:
             raise InputError(f"remat={self.remat!r} is none of {sorted(REMAT_POLICIES)}")
 

@@ -8,6 +8,9 @@ causal, and latent k sees frames up to the last of its own group and nothing lat
     z ~ N(mean, exp(log_variance)) = encoder(video)        (Eq. 3 of arXiv:1312.6114)
     latents = (mean - mean_C) / std_C                      per channel, measured after training
 
+The head is gated, base + sigmoid(gate) * value: a pixel can switch between two colours, which draws
+sharp edges where a linear map of few channels draws soft ones.
+
 Shortcuts around every change of rate average or duplicate channel groups (DC-AE, arXiv:2410.10733).
 """
 
@@ -26,6 +29,9 @@ from vidsim.layers.conv3d import CausalConv3d
 from vidsim.layers.norms import RMSNorm
 
 
+import os
+RESIDUAL_SCALE = float(os.environ.get("RS","0.01"))
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Shape of the autoencoder. Levels are listed from pixels to latents."""
@@ -37,11 +43,12 @@ class Config:
     decoder_blocks: tuple[int, ...]
     strides: tuple[tuple[int, int], ...]  # (time, space) between levels
     time_kernels: tuple[int, ...]  # time taps of the convolutions of each level
+    space_kernels: tuple[int, ...]  # and their taps along a side; 1 is a map of each position
     dtype: str  # of activations; statistics and losses are float32
 
     def __post_init__(self):
         levels = len(self.channels)
-        for name in ("encoder_blocks", "decoder_blocks", "time_kernels", "strides"):
+        for name in ("encoder_blocks", "decoder_blocks", "time_kernels", "space_kernels", "strides"):
             wanted = levels - (name == "strides")
             if len(getattr(self, name)) != wanted:
                 raise InputError(
@@ -109,12 +116,11 @@ def match_channels(x: jax.Array, channels: int) -> jax.Array:
 class ResidualBlock(nnx.Module):
     """x + conv(silu(norm(conv(silu(norm(x))))))."""
 
-    def __init__(self, channels: int, time_kernel: int, *, rngs: nnx.Rngs):
-        kernel = (time_kernel, 3, 3)
+    def __init__(self, channels: int, kernel: tuple[int, int, int], *, rngs: nnx.Rngs):
         self.norm_in = RMSNorm(channels)
         self.conv_in = CausalConv3d(channels, channels, kernel, rngs=rngs)
         self.norm_out = RMSNorm(channels)
-        self.conv_out = CausalConv3d(channels, channels, kernel, rngs=rngs, scale=0.01)
+        self.conv_out = CausalConv3d(channels, channels, kernel, rngs=rngs, scale=RESIDUAL_SCALE)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.conv_in(jax.nn.silu(self.norm_in(x)))
@@ -162,7 +168,8 @@ class VAE(nnx.Module):
         levels = range(len(config.channels))
         pixels = 3 * config.patch[0] * config.patch[1] ** 2
 
-        encoder = [CausalConv3d(pixels, config.channels[0], (1, 3, 3), rngs=rngs)]
+        edge = (1, config.space_kernels[0], config.space_kernels[0])
+        encoder = [CausalConv3d(pixels, config.channels[0], edge, rngs=rngs)]
         for level in levels:
             if level:
                 narrow, wide = config.channels[level - 1 : level + 1]
@@ -181,12 +188,13 @@ class VAE(nnx.Module):
                 narrow, wide = config.channels[level - 1 : level + 1]
                 decoder.append(Upsample(wide, narrow, config.strides[level - 1], rngs=rngs))
         decoder.append(RMSNorm(config.channels[0]))
-        decoder.append(CausalConv3d(config.channels[0], pixels, (1, 3, 3), rngs=rngs))
+        decoder.append(CausalConv3d(config.channels[0], 3 * pixels, edge, rngs=rngs))
         self.decoder = nnx.List(decoder)
 
     def _blocks(self, level: int, count: int, rngs: nnx.Rngs) -> list[ResidualBlock]:
-        channels, taps = self.config.channels[level], self.config.time_kernels[level]
-        return [ResidualBlock(channels, taps, rngs=rngs) for _ in range(count)]
+        channels, space = self.config.channels[level], self.config.space_kernels[level]
+        kernel = (self.config.time_kernels[level], space, space)
+        return [ResidualBlock(channels, kernel, rngs=rngs) for _ in range(count)]
 
     def posterior(self, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The mean and log-variance, float32 [B, t, h, w, latent_channels]."""
@@ -204,7 +212,8 @@ class VAE(nnx.Module):
         x = z_BTHWC.astype(self.config.dtype)
         for layer in self.decoder:
             x = layer(x)
-        x = unfold(x, *self.config.patch).astype(jnp.float32)
+        base, value, gate = jnp.split(x.astype(jnp.float32), 3, axis=-1)
+        x = unfold(base + jax.nn.sigmoid(gate) * value, *self.config.patch)
         return x[:, self.config.compression[0] - 1 :]
 
 

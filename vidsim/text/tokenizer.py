@@ -34,15 +34,13 @@ class Tokenizer:
 
 
 def train(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -> Tokenizer:
-    """Trains unigrams; a small corpus may yield fewer than `vocabulary` pieces.
+    """Trains merges of pairs (BPE); a small corpus may yield fewer than `vocabulary` pieces.
 
-    Raises:
-      InputError: there is no text at all. Videos without captions are a valid data set: give
-        `[""]` and get a tokenizer that spells letters of nothing.
+    Videos without captions are a valid data set: it gets a tokenizer of letters.
     """
     texts = [text for text in texts if text.strip()]
     if not texts:
-        # A vocabulary is needed to run without captions too: letters, so that prompts still encode.
+        # A vocabulary is needed to run without captions too, so that prompts still encode.
         texts = ["abcdefghijklmnopqrstuvwxyz 0123456789"]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -50,6 +48,10 @@ def train(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -> Tokenize
         model_writer=model,
         vocab_size=vocabulary,
         hard_vocab_limit=False,
+        # Unigrams know only what is part of two words: of a small vocabulary, hardly a whole word.
+        model_type="bpe",
+        # Longer captions (in bytes) would be left out, by default those from 4192 on.
+        max_sentence_length=max(4192, *(len(text.encode()) for text in texts)),
         pad_id=PAD,
         unk_id=UNKNOWN,
         control_symbols=["<null>"],

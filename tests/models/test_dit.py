@@ -1,0 +1,235 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vidsim import trees
+from vidsim.errors import InputError
+from vidsim.models import dit
+from vidsim.text import encoder
+from vidsim.training import state
+
+# B batch (rows), L tokens, P patch values, M segments a row
+
+CONFIG = dit.Config(
+    width=32,
+    depth=2,
+    heads=2,
+    mlp_hidden=48,
+    patch=1,
+    prediction="x0",
+    remat="none",
+    dtype="float32",
+)
+TEXT = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4)
+L, P, M = 16, 6, 3
+TIMES = np.array([[0.0, 0.4, 0.8], [0.0, 0.9, 0.2], [0.0, 0.6, 0.5]], np.float32)
+# The same sums over a row whose other columns are masked, or ordered otherwise; values around 1.
+ORDER_OF_SUMS = {"rtol": 1e-4, "atol": 1e-5}
+# Compiling takes longer than running here; this halves it.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+def make_model(rngs, config=CONFIG, text=TEXT):
+    return dit.DiT(config, text, P, rngs)
+
+
+def model(config=CONFIG, text=TEXT):
+    graph = state.graph_of(lambda rngs: make_model(rngs, config, text))
+    return lambda params, row: nnx.merge(graph, params)(*row)
+
+
+forward = jax.jit(model(), compiler_options=QUICK)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere: heads and gates that start at zero would hide what lies behind them."""
+    rng = np.random.default_rng(0)
+
+    def one(name, leaf):
+        fan_in = leaf.shape[-2] if name.endswith("kernel") else 4.0
+        return rng.normal(size=leaf.shape).astype(np.float32) / fan_in**0.5
+
+    return trees.map_named(one, state.abstract_params(make_model))
+
+
+@dataclasses.dataclass
+class Sample:
+    """One segment: text, then patches."""
+
+    text: np.ndarray
+    patches: np.ndarray
+    positions: np.ndarray
+    time_index: np.ndarray
+    times: np.ndarray
+
+    def __len__(self):
+        return len(self.text) + len(self.patches)
+
+
+def sample(seed: int, words: int, patches: int) -> Sample:
+    rng = np.random.default_rng(seed)
+    return Sample(
+        text=rng.integers(3, 20, words),
+        patches=rng.normal(size=(patches, P)).astype(np.float32),
+        positions=rng.uniform(-3, 3, (words + patches, 3)).astype(np.float32),
+        time_index=np.concatenate([np.zeros(words, int), rng.integers(0, 3, patches)]),
+        times=TIMES[seed % 3],
+    )
+
+
+def row_of(*samples: Sample, padding: float = 0.0):
+    """The arguments of the model for one row, and where each sample stands in it."""
+    rng = np.random.default_rng(9)
+    patches = padding * rng.normal(size=(1, L, P)).astype(np.float32)
+    text = np.zeros((1, L), np.int32) + (7 if padding else 0)
+    positions = padding * rng.normal(size=(1, L, 3)).astype(np.float32)
+    index = np.zeros((1, L), np.int32) + (2 if padding else 0)
+    segment, is_text = np.zeros((1, L), np.int32), np.zeros((1, L), bool)
+    times = np.zeros((1, M, 3), np.float32)
+    places, at = [], 0
+    for m, one in enumerate(samples):
+        place = slice(at, at + len(one))
+        words = slice(at, at + len(one.text))
+        patches[0, words] = 0.0
+        text[0, place] = 0
+        patches[0, words.stop : place.stop] = one.patches
+        text[0, words], is_text[0, words] = one.text, True
+        positions[0, place], index[0, place] = one.positions, one.time_index
+        segment[0, place], times[0, m] = m + 1, one.times
+        places.append(place)
+        at = place.stop
+    return (patches, text, times, dit.Tokens(segment, positions, is_text, index)), places
+
+
+SAMPLES = (sample(0, 2, 4), sample(1, 1, 5), sample(2, 2, 2))  # 16 tokens: no padding
+
+
+def outputs(params, *samples, padding=0.0) -> list[np.ndarray]:
+    """What the model says of each sample in one row."""
+    row, places = row_of(*samples, padding=padding)
+    out = np.asarray(forward(params, row))
+    return [out[0, place] for place in places]
+
+
+def test_packed_equals_unpacked(params):
+    packed = outputs(params, *SAMPLES)
+    for one, found in zip(SAMPLES, packed, strict=True):
+        (alone,) = outputs(params, one)
+        assert np.abs(alone).max() > 0.1
+        np.testing.assert_allclose(found, alone, **ORDER_OF_SUMS)
+
+
+def test_a_sample_sees_its_own_text_times_and_positions_only(params):
+    before = outputs(params, *SAMPLES)
+    first = SAMPLES[0]
+    for change in (
+        {"text": (first.text + 1) % 17 + 3},
+        {"times": np.float32([0.0, 0.1, 0.3])},
+        {"positions": first.positions * np.float32([1, 2, 1])},
+        {"patches": -first.patches},
+    ):
+        after = outputs(params, dataclasses.replace(first, **change), *SAMPLES[1:])
+        # The patches of the sample see the change; the other samples do not.
+        assert np.abs(after[0][2:] - before[0][2:]).max() > 1e-2, change
+        np.testing.assert_array_equal(after[1], before[1])
+        np.testing.assert_array_equal(after[2], before[2])
+
+
+def test_permuting_the_segments_of_a_row_permutes_the_outputs(params):
+    before = outputs(params, *SAMPLES)
+    after = outputs(params, SAMPLES[2], SAMPLES[0], SAMPLES[1])
+    for found, expected in zip(after, (before[2], before[0], before[1]), strict=True):
+        np.testing.assert_allclose(found, expected, **ORDER_OF_SUMS)
+
+
+def gradient_of(config):
+    """jitted `(params, row, mask_BL) -> gradients by params and by patches`.
+
+    The text encoder is only an embedding here: that compiles sooner.
+    """
+    run = model(config, dataclasses.replace(TEXT, depth=0))
+
+    def loss(params, patches, rest, mask):
+        return jnp.sum(jnp.square(run(params, (patches, *rest))) * mask[..., None])
+
+    grad = jax.jit(jax.grad(loss, argnums=(0, 1)), compiler_options=QUICK)
+
+    def gradient(params, row, mask):
+        text = {name: leaf for name, leaf in params["text"].items() if name != "blocks"}
+        return grad({**params, "text": text}, row[0], row[1:], mask)
+
+    return gradient
+
+
+@pytest.fixture(scope="module")
+def plain_gradient():
+    return gradient_of(CONFIG)
+
+
+def test_padding_never_affects_outputs_or_gradients(params, plain_gradient):
+    kept = SAMPLES[:2]
+    tame, wild = outputs(params, *kept), outputs(params, *kept, padding=100.0)
+    for one, other in zip(tame, wild, strict=True):
+        np.testing.assert_array_equal(one, other)
+    rows = [row_of(*kept, padding=padding)[0] for padding in (0.0, 100.0)]
+    mask = rows[0][3].segment_ids_BL > 0
+    tame, wild = (plain_gradient(params, row, mask) for row in rows)
+    jax.tree.map(np.testing.assert_array_equal, tame, wild)
+    assert not np.any(wild[1][0, ~mask[0]]) and np.any(wild[1][0, mask[0]])
+
+
+@pytest.mark.parametrize("remat", ["full", "matmuls"])
+def test_rematerialised_equals_stored(params, plain_gradient, remat):
+    row, _ = row_of(*SAMPLES)
+    mask = np.ones((1, L), bool)
+    stored = plain_gradient(params, row, mask)
+    again = gradient_of(dataclasses.replace(CONFIG, remat=remat))(params, row, mask)
+    # The same sums, fused otherwise by the compiler: float32 relative to the largest gradient.
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(stored))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), stored, again
+    )
+
+
+def test_the_time_index_selects_the_time(params):
+    one = dataclasses.replace(SAMPLES[0], time_index=np.array([0, 0, 1, 2, 1, 0]))
+    same = dataclasses.replace(
+        one, time_index=np.array([1, 1, 2, 0, 2, 1]), times=one.times[[2, 0, 1]]
+    )
+    other = dataclasses.replace(one, time_index=np.array([0, 0, 2, 1, 1, 0]))
+    before, equal, different = (outputs(params, s, SAMPLES[1])[0] for s in (one, same, other))
+    np.testing.assert_array_equal(equal, before)
+    assert np.abs(different - before).max() > 1e-2
+
+
+def test_a_new_network_says_zero(params):
+    create = jax.jit(lambda key: state.split(make_model, key)[1], compiler_options=QUICK)
+    created = create(jax.random.key(0))
+    assert jax.tree.map(jnp.shape, created) == jax.tree.map(jnp.shape, params)
+    for found in outputs(created, *SAMPLES):
+        assert not np.any(found)
+
+
+def test_outputs_and_weights_are_float32_where_activations_are_bfloat16():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    abstract = state.abstract_params(lambda rngs: make_model(rngs, config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(abstract)} == {jnp.dtype("float32")}
+    assert jax.eval_shape(model(config), abstract, row_of(*SAMPLES)[0]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 30, "heads": 4}, "width=30 over heads=4 is not an even head dimension"),
+        ({"width": 30, "heads": 10}, "width=30 over heads=10 is not an even head dimension"),
+        ({"remat": "some"}, "remat='some' is none of .*full.*matmuls.*none"),
+    ],
+)
+def test_a_config_that_cannot_be_is_an_error(change, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(CONFIG, **change)

@@ -1,0 +1,169 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vidsim.errors import InputError
+from vidsim.models import vae
+
+CONFIG = vae.Config(
+    latent_channels=4,
+    patch=(2, 2),
+    channels=(6, 8),
+    encoder_blocks=(1, 1),
+    decoder_blocks=(0, 1),
+    strides=((2, 2),),
+    time_kernels=(3, 2),
+    space_kernels=(3, 1),
+    dtype="float32",
+)
+GRAPH, ABSTRACT = nnx.split(nnx.eval_shape(lambda: vae.VAE(CONFIG, nnx.Rngs(0))))
+rng = np.random.default_rng(0)
+VIDEO = rng.uniform(-1, 1, (1, 9, 8, 8, 3)).astype(np.float32)
+# The same products of around 1, summed in another order because the batch has another shape.
+ORDER_OF_SUMS = {"rtol": 1e-4, "atol": 1e-5}
+# Compiling takes longer than running here; this halves it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def encoder(params, video):
+    return nnx.merge(GRAPH, params).posterior(video)
+
+
+def decoder(params, z):
+    return nnx.merge(GRAPH, params).reconstruct(z)
+
+
+posterior, reconstruct = jit(encoder), jit(decoder)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Random everywhere, so that no path is hidden behind a small or zero initialisation."""
+
+    def one(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 1
+        return rng.normal(size=leaf.shape).astype(np.float32) / fan_in**0.5
+
+    return jax.tree.map(one, nnx.to_pure_dict(ABSTRACT))
+
+
+def test_future_frames_do_not_change_past_latents(params):
+    gradient = jit(jax.grad(lambda video, k: jnp.sum(jnp.square(encoder(params, video)[0][:, k]))))
+    for k in range(3):
+        seen = np.any(np.asarray(gradient(VIDEO, k)), axis=(0, 2, 3, 4))
+        last = 4 * k
+        assert seen[last], "a latent sees the last frame of its own group"
+        assert not seen[last + 1 :].any()
+
+
+def test_future_latents_do_not_change_past_frames(params):
+    z = rng.normal(size=(1, 3, 2, 2, 4)).astype(np.float32)
+    gradient = jit(jax.grad(lambda z, t: jnp.sum(jnp.square(decoder(params, z)[:, t]))))
+    for t in range(9):
+        seen = np.any(np.asarray(gradient(z, t)), axis=(0, 2, 3, 4))
+        own = (t + 3) // 4
+        assert seen[own] and not seen[own + 1 :].any()
+
+
+def test_an_image_is_a_one_frame_video(params):
+    of_video, of_image = posterior(params, VIDEO), posterior(params, VIDEO[:, :1])
+    for video, image in zip(of_video, of_image, strict=True):
+        assert image.shape == (1, 1, 2, 2, 4)
+        np.testing.assert_allclose(image, video[:, :1], **ORDER_OF_SUMS)
+    z = rng.normal(size=(1, 3, 2, 2, 4)).astype(np.float32)
+    frames, image = reconstruct(params, z), reconstruct(params, z[:, :1])
+    assert image.shape == (1, 1, 8, 8, 3)
+    np.testing.assert_allclose(image, frames[:, :1], **ORDER_OF_SUMS)
+
+
+@pytest.mark.parametrize("time_kernels", [(1, 1), (3, 2)])
+@pytest.mark.parametrize("size", [(1, 4, 4), (5, 8, 12), (9, 12, 8), (17, 20, 4)])
+def test_shapes_of_latents_and_of_what_comes_back(size, time_kernels):
+    config = dataclasses.replace(CONFIG, time_kernels=time_kernels)
+    graph, params = nnx.split(nnx.eval_shape(lambda: vae.VAE(config, nnx.Rngs(0))))
+
+    def there_and_back(params, video):
+        mean, log_variance = nnx.merge(graph, params).posterior(video)
+        return mean, log_variance, nnx.merge(graph, params).reconstruct(mean)
+
+    video = jax.ShapeDtypeStruct((2, *size, 3), jnp.float32)
+    mean, log_variance, back = jax.eval_shape(there_and_back, params, video)
+    frames, height, width = size
+    latent = (1 + (frames - 1) // 4, height // 4, width // 4)
+    assert config.latent_size(*size) == latent
+    assert mean.shape == log_variance.shape == (2, *latent, 4)
+    assert back.shape == video.shape
+
+
+def test_statistics_are_float32_where_activations_are_bfloat16():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    graph, params = nnx.split(nnx.eval_shape(lambda: vae.VAE(config, nnx.Rngs(0))))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    run = lambda params, video: nnx.merge(graph, params).posterior(video)  # noqa: E731
+    for found in jax.eval_shape(run, params, VIDEO):
+        assert found.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((6, 8, 8), r"frames=6 is not 1 \+ 4k.* use 5 or 9"),
+        ((0, 8, 8), r"frames=0 is not 1 \+ 4k.* use 1 or 5"),
+        ((5, 10, 8), r"height=10 is not a multiple of 4.* use 8 or 12"),
+        ((5, 8, 15), r"width=15 is not a multiple of 4.* use 12 or 16"),
+        ((5, 8, 3), r"width=3 is not a multiple of 4.* use 4 or 8"),
+    ],
+)
+def test_off_grid_sizes_name_both_neighbours(size, message):
+    with pytest.raises(InputError, match=message):
+        CONFIG.latent_size(*size)
+    if min(size) > 0:
+        with pytest.raises(InputError, match=message):
+            jax.eval_shape(encoder, ABSTRACT, jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
+
+
+def test_a_config_whose_lists_differ_in_length_is_an_error():
+    with pytest.raises(InputError, match=r"encoder_blocks=.* has 3 entries, 2 channels need 2"):
+        dataclasses.replace(CONFIG, encoder_blocks=(1, 1, 1))
+    with pytest.raises(InputError, match=r"strides=.* has 2 entries, 2 channels need 1"):
+        dataclasses.replace(CONFIG, strides=((1, 2), (2, 2)))
+
+
+@pytest.mark.parametrize(("time", "space"), [(1, 2), (2, 1), (4, 2)])
+def test_unfold_inverts_fold(time, space):
+    x = np.arange(2 * 4 * 6 * 8 * 3).reshape(2, 4, 6, 8, 3)
+    folded = vae.fold(x, time, space)
+    assert folded.shape == (2, 4 // time, 6 // space, 8 // space, 3 * time * space**2)
+    np.testing.assert_array_equal(vae.unfold(folded, time, space), x)
+    first = x[0, :time, :space, :space]
+    np.testing.assert_array_equal(folded[0, 0, 0, 0], first.ravel())
+
+
+def test_match_channels_averages_and_duplicates():
+    x = np.arange(6.0, dtype=np.float32)
+    np.testing.assert_array_equal(vae.match_channels(x, 6), x)
+    np.testing.assert_array_equal(vae.match_channels(x, 2), [1.0, 4.0])
+    np.testing.assert_array_equal(vae.match_channels(x[:2], 6), [0, 0, 0, 1, 1, 1])
+    # 6 to 4: each of four averages one and a half of six; thirds round in float32.
+    np.testing.assert_allclose(vae.match_channels(x, 4), [1 / 3, 5 / 3, 10 / 3, 14 / 3], rtol=1e-6)
+
+
+def test_averaging_undoes_duplicating():
+    x = rng.normal(size=(3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(vae.match_channels(vae.match_channels(x, 16), 4), x)
+
+
+def test_decode_undoes_the_normalisation_of_encode(params):
+    statistics = vae.Statistics(np.float32([0.5, -1, 0, 2]), np.float32([2, 0.5, 1, 3]))
+    mean, _ = posterior(params, VIDEO)
+    latents = jit(lambda p, s, v: vae.encode(GRAPH, p, s, v))(params, statistics, VIDEO)
+    np.testing.assert_allclose(
+        latents, (mean - statistics.mean_C) / statistics.std_C, **ORDER_OF_SUMS
+    )
+    back = jit(lambda p, s, z: vae.decode(GRAPH, p, s, z))(params, statistics, latents)
+    np.testing.assert_allclose(back, reconstruct(params, mean), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,64 @@
+import os
+
+import pytest
+
+from vidsim import files
+
+
+def test_a_file_appears_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "new" / "clip.mp4"
+    with files.atomic_path(target) as temporary:
+        assert temporary.parent == target.parent and temporary.suffix == ".mp4"
+        temporary.write_bytes(b"half")
+        assert not target.exists()
+    assert target.read_bytes() == b"half"
+    assert os.listdir(target.parent) == ["clip.mp4"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_error_leaves_what_was_there_and_nothing_else(tmp_path, folder):
+    target = tmp_path / "results.json"
+    target.write_text("old")
+    with pytest.raises(RuntimeError, match="halfway"), files.atomic_path(target) as temporary:
+        if folder:
+            temporary.mkdir()
+            (temporary / "part").write_text("half")
+        else:
+            temporary.write_text("half")
+        raise RuntimeError("halfway")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_file_replaces_a_file_and_a_folder_a_folder(tmp_path):
+    target = tmp_path / "out"
+    for name in ("one", "two"):
+        with files.atomic_path(target) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert os.listdir(target) == ["two"]
+    for text in ("one", "two"):
+        files.write_text(tmp_path / "file", text)
+    assert (tmp_path / "file").read_text() == "two"
+
+
+def test_json_comes_back(tmp_path):
+    value = {"größe": [1, 2.5, None, True], "text": "a\nb"}
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json") == value
+    assert "größe" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_rows_come_back_in_order(tmp_path):
+    rows = [{"file": f"größe {n}", "text": "line\nbreak"} for n in range(3)]
+    files.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert files.read_jsonl(tmp_path / "a.jsonl") == rows
+    files.write_jsonl(tmp_path / "a.jsonl", [])
+    assert files.read_jsonl(tmp_path / "a.jsonl") == []
+
+
+def test_rows_may_hold_every_character(tmp_path):
+    """A line ends at a newline only, although Unicode knows more ends of lines."""
+    rows = [{"caption": "one\u2028two\u2029three\x85four\x0cfive\x1esix"}]
+    files.write_jsonl(tmp_path / "a.jsonl", rows)
+    assert files.read_jsonl(tmp_path / "a.jsonl") == rows
