@@ -17,16 +17,15 @@ def get_config() -> ConfigDict:
     config = runpy.run_path(str(QUICKSTART))["get_config"]()
     config.name = "tiny"
     config.world.clips = 24
-    config.world.formats = ((48, 32, 9, 8), (32, 32, 9, 8), (32, 32, 1, 8))
+    config.world.formats = ((48, 32, 9, 8), (48, 32, 13, 12), (32, 32, 1, 8))
     config.data.validation_share = 0.25
 
     model = config.vae.model
     model.channels = (8,) * (len(model.channels) - 1) + (16,)
-    model.encoder_blocks = tuple(min(blocks, 1) for blocks in model.encoder_blocks)
-    model.decoder_blocks = tuple(min(blocks, 1) for blocks in model.decoder_blocks)
-    config.vae.buckets.sizes = SIZES
-    config.vae.buckets.batch_frames = 18
-    config.latents.update(sizes=SIZES, max_frames=9, batch_frames=36)
+    model.encoder_blocks = (0,) * (len(model.channels) - 1) + (1,)
+    model.decoder_blocks = model.encoder_blocks
+    config.vae.buckets.update(sizes=SIZES, frames=(1, 5), batch_frames=20)
+    config.latents.update(sizes=SIZES, max_frames=13, batch_frames=39)
 
     config.dit.model.update(width=32, depth=2, heads=2, mlp_hidden=64)
     config.dit.text.update(features=16)
@@ -35,7 +34,7 @@ def get_config() -> ConfigDict:
         section.loop.update(steps=6, log_every=1, checkpoint_every=2, evaluate_every=3)
         section.optimizer.update(warmup_steps=2, decay_steps=2)
 
-    config.sample.update(sizes=SIZES, frames=9, given_frames=5, steps=2)
+    config.sample.update(sizes=SIZES, frames=9, fps=8.0, given_frames=5, steps=2)
     config.evaluation.update(batches=1, times=(0.5,), vae_clips=4, batch=2)
     config.evaluation.update(physics_clips=3, physics_frames=9)
     config.report.prompts = config.report.prompts[:2]

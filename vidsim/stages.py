@@ -568,7 +568,9 @@ def _evaluate(run: Run) -> dict:
         rows, videos = evaluator.physics_rows(
             models, cases, given_frames=run.sample.given_frames, batch=settings.batch
         )
-        results["physics"] = physics.summarise(rows) if rows else None
+        if rows:
+            given = {"given_frames": run.sample.given_frames}
+            results["physics"] = physics.summarise(rows) | given
         for place, row in enumerate(rows[:6]):
             request, real, known = cases[row["case"]]
             stem = run.path("samples", "physics", f"{place:02d}")
@@ -582,6 +584,7 @@ def _evaluate(run: Run) -> dict:
                     "kind": row["kind"],
                     "velocity_error": row["velocity_error"],
                     "frozen": row["frozen"],
+                    "given_frames": run.sample.given_frames,
                 },
             )
     files.write_json(run.path("evaluation.json"), results)

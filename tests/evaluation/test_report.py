@@ -57,7 +57,7 @@ def make_run(run):
         sample(f"physics/{i:02d}_real.mp4", 17, 48, 64)
         sample(f"physics/{i:02d}_extended.mp4", 17, 48, 64, speed=1.5)
         facts = {"source": f"clip_{i:05d}.mp4", "caption": EVIL, "kind": kind}
-        facts |= {"velocity_error": 0.41, "frozen": 1.9}
+        facts |= {"velocity_error": 0.41, "frozen": 1.9, "given_frames": 5}
         files.write_json(run / f"samples/physics/{i:02d}.json", facts)
         sample(f"vae/{i:02d}_real.mp4", 17, 48, 64)
         sample(f"vae/{i:02d}_reconstructed.mp4", 17, 48, 64)
@@ -77,7 +77,7 @@ def make_run(run):
         run / "evaluation.json",
         {
             "vae": {"psnr_db": 32.41, "object_psnr_db": 24.9},
-            "physics": {**numbers, "clips": 24, "per_kind": kinds},
+            "physics": {**numbers, "clips": 24, "given_frames": 5, "kinds": kinds},
         },
     )
     files.write_json(run / "stages.json", {"vae": {"seconds": 310.4}, "dit": {"seconds": 3890.0}})

@@ -20,7 +20,6 @@ from vidsim.data import video
 from vidsim.errors import InputError
 from vidsim.evaluation import figures, page
 
-GIVEN_FRAMES = 5  # of every clip that the physics evaluation extends
 
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png"}
 _MODES = {
@@ -159,7 +158,7 @@ def _physics(run: pathlib.Path) -> str:
     rows = []
     for real, extended, facts in _pairs(run / "samples" / "physics", "extended"):
         cells = "".join(
-            _clip(path, label, _CELL, given=GIVEN_FRAMES)
+            _clip(path, label, _CELL, given=facts.get("given_frames", 0))
             for path, label in ((real, "real"), (extended, "extended"))
         )
         error, frozen = _number(facts.get("velocity_error")), _number(facts.get("frozen"))
@@ -169,8 +168,8 @@ def _physics(run: pathlib.Path) -> str:
     if not rows:
         return result + _missing("No extended clips: samples/physics is not written.")
     note = (
-        f"Real and extended clips. The first {GIVEN_FRAMES} frames, coloured in the bar below each "
-        "clip, are given; the border is coloured while they show."
+        "Real and extended clips. The first frames, coloured in the bar below each clip, are "
+        "given; the border is coloured while they show."
     )
     return f'{result}<p>{note}</p><div class="gallery">{"".join(rows)}</div>'
 
@@ -184,7 +183,7 @@ def _physics_numbers(numbers: dict) -> str:
     }
     bars = {name: numbers[key] for key, name in names.items() if _is_number(numbers.get(key))}
     chart = figures.bar_chart(bars, "velocity error, world units/s", marked="generated")
-    kinds = {**(numbers.get("per_kind") or numbers.get("kinds") or {}), "all": numbers}
+    kinds = {**numbers.get("kinds", {}), "all": numbers}
     head = "".join(f"<th>{name}</th>" for name in ("kind", "clips", *names.values()))
     rows = "".join(
         f"<tr><th>{_text(kind)}</th><td>{_text(of.get('clips', '—'))}</td>"
@@ -194,7 +193,7 @@ def _physics_numbers(numbers: dict) -> str:
     )
     return (
         "<p>Each video is extended from its first "
-        f"{GIVEN_FRAMES} frames, the balls are tracked in the result, and their velocities are "
+        f"{_text(numbers.get('given_frames', '—'))} frames, the balls are tracked in the result, and their velocities are "
         "compared with the simulator's, in world units/s; lower is better. <em>Floor</em> is the "
         "same measure on the real videos, <em>wrong prompt</em> on the real video of another "
         "prompt, and <em>frozen</em> on the last given frame, repeated.</p>"

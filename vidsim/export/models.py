@@ -20,13 +20,13 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from vidsim import files, trees
+from vidsim import config, files, trees
 from vidsim.diffusion import time_sampling
 from vidsim.errors import InputError
 from vidsim.models import dit, vae
 from vidsim.sampling.generate import Models
 from vidsim.text import encoder, tokenizer
-from vidsim.training.checkpoint import Checkpoints
+from vidsim.training import checkpoint
 
 WEIGHTS = ("ema", "params")
 FORMAT = 1
@@ -87,8 +87,9 @@ def load(folder: str | os.PathLike) -> Models:
     facts = files.read_json(folder / "model.json")
     if facts["format"] != FORMAT:
         raise InputError(f"{folder} has format {facts['format']}, this version reads {FORMAT}")
-    vae_config, dit_config = vae.Config(**facts["vae"]), dit.Config(**facts["dit"])
-    text = encoder.Config(**facts["text"])
+    vae_config = config.build(vae.Config, facts["vae"], where="vae")
+    dit_config = config.build(dit.Config, facts["dit"], where="dit")
+    text = config.build(encoder.Config, facts["text"], where="text")
     arrays = load_file(folder / "vae.safetensors")
     weights = {k.removeprefix("vae/"): v for k, v in arrays.items() if k.startswith("vae/")}
     named = load_file(folder / "dit.safetensors")
@@ -102,7 +103,7 @@ def load(folder: str | os.PathLike) -> Models:
         dit=dit_config,
         text=text,
         dit_params=_device(trees.unflatten(named, abstract_dit(dit_config, text, values))),
-        times=time_sampling.Config(**facts["times"]),
+        times=config.build(time_sampling.Config, facts["times"], where="times"),
         tokenizer=tokenizer.load(folder / "tokenizer.model", max_tokens=text.max_tokens),
     )
 
@@ -115,15 +116,7 @@ def restore(folder: str | os.PathLike, abstract, weights: str):
     """
     if weights not in WEIGHTS:
         raise InputError(f"weights={weights!r} is none of {WEIGHTS}")
-    if not pathlib.Path(folder).is_dir():
-        raise InputError(f"no checkpoints at {folder}; train first, or give an exported folder")
-    checkpoints = Checkpoints(folder)
-    try:
-        if checkpoints.latest is None:
-            raise InputError(f"{folder} holds no checkpoint yet; train on, or give another run")
-        return checkpoints.load_part(weights, abstract)
-    finally:
-        checkpoints.close()
+    return checkpoint.load_part(folder, weights, abstract)
 
 
 def statistics_from(path: str | os.PathLike) -> vae.Statistics:

@@ -151,12 +151,13 @@ class DiT(nnx.Module):
         x_BLD = self.patches_in(patches_BLP.astype(dtype)) * (1 - is_text)
         x_BLD = x_BLD + self.text_in(features)
 
-        # One row of modulation for each (segment, time); tokens gather theirs.
+        # One row of modulation for each (segment, time); a product with ones gathers each token's,
+        # because the gradient of a real gather is a slow scatter.
         segment = jnp.maximum(tokens.segment_ids_BL - 1, 0)
         row_BL = segment * 3 + tokens.time_index_BL
         embedded = jax.nn.silu(self.time(times_BM3.reshape(B, -1)).astype(dtype))
-        gather = jax.vmap(lambda rows, index: rows[index])
-        modulation_BL6D = gather(self.modulation(embedded), row_BL).reshape(B, L, MODULATIONS, -1)
+        chosen_BLm = jax.nn.one_hot(row_BL, embedded.shape[1], dtype=dtype)
+        modulation_BL6D = (chosen_BLm @ self.modulation(embedded)).reshape(B, L, MODULATIONS, -1)
 
         graphdef, stacked = nnx.split(self.blocks)
 
@@ -168,6 +169,6 @@ class DiT(nnx.Module):
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
         x_BLD, _ = jax.lax.scan(body, x_BLD, stacked)
 
-        shift, scale = jnp.split(gather(self.head_modulation(embedded), row_BL), 2, axis=-1)
+        shift, scale = jnp.split(chosen_BLm @ self.head_modulation(embedded), 2, axis=-1)
         x_BLD = rms_normalise(x_BLD) * (1 + scale) + shift
         return self.head(x_BLD).astype(jnp.float32)

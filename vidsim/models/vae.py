@@ -29,9 +29,6 @@ from vidsim.layers.conv3d import CausalConv3d
 from vidsim.layers.norms import RMSNorm
 
 
-import os
-RESIDUAL_SCALE = float(os.environ.get("RS","0.01"))
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Shape of the autoencoder. Levels are listed from pixels to latents."""
@@ -48,7 +45,13 @@ class Config:
 
     def __post_init__(self):
         levels = len(self.channels)
-        for name in ("encoder_blocks", "decoder_blocks", "time_kernels", "space_kernels", "strides"):
+        for name in (
+            "encoder_blocks",
+            "decoder_blocks",
+            "time_kernels",
+            "space_kernels",
+            "strides",
+        ):
             wanted = levels - (name == "strides")
             if len(getattr(self, name)) != wanted:
                 raise InputError(
@@ -120,7 +123,7 @@ class ResidualBlock(nnx.Module):
         self.norm_in = RMSNorm(channels)
         self.conv_in = CausalConv3d(channels, channels, kernel, rngs=rngs)
         self.norm_out = RMSNorm(channels)
-        self.conv_out = CausalConv3d(channels, channels, kernel, rngs=rngs, scale=RESIDUAL_SCALE)
+        self.conv_out = CausalConv3d(channels, channels, kernel, rngs=rngs, scale=0.1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         h = self.conv_in(jax.nn.silu(self.norm_in(x)))

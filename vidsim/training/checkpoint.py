@@ -3,6 +3,7 @@
 import os
 import pathlib
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from vidsim.errors import InputError
@@ -52,15 +53,37 @@ class Checkpoints:
             )
         return self._checkpointer.load(self.latest, abstract_state)
 
-    def load_part(self, part: str, abstract):
-        """One field of the newest state, such as `ema`, whatever the data; on one device."""
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            return self._checkpointer.load(self.latest, {part: abstract})[part]
-
     def wait(self) -> None:
         self._checkpointer.wait()
 
     def close(self) -> None:
         self._checkpointer.close()
+
+
+def load_part(folder: str | os.PathLike, part: str, abstract):
+    """One field of the newest state in `folder`, such as `ema`, on this process's first device.
+
+    It only reads, and for this process alone: the run may be saving meanwhile, and the mesh that it
+    trains on does not matter.
+
+    Raises:
+      InputError: there is no checkpoint.
+    """
+    folder = pathlib.Path(folder).absolute()
+    if not folder.is_dir():
+        raise InputError(f"no checkpoints at {folder}; train first, or give an exported folder")
+    # A checkpoint is renamed to its step, a number, when it is whole.
+    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+    if not steps:
+        raise InputError(f"{folder} holds no checkpoint yet; train on, or give another run")
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    there = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract
+    )
+    process = jax.process_index()
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    with context:
+        return ocp.load(folder / str(max(steps)), {part: there})[part]

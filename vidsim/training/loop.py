@@ -3,11 +3,11 @@
 Order within an iteration: evaluate, checkpoint, and only then fetch data and step. So a checkpoint
 of step n and the data position n always agree, and a resumed run repeats what the uninterrupted one
 did. Metrics of a step are fetched after the next one is under way: the device never waits for them.
+SIGTERM saves at once, without the evaluation that may be due: the next start makes up for it.
 """
 
 import dataclasses
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -17,7 +17,7 @@ from vidsim import progress
 from vidsim.errors import Restart
 from vidsim.parallel import multihost
 from vidsim.training.checkpoint import Checkpoints
-from vidsim.training.metrics import MetricsWriter
+from vidsim.training.metrics import MetricsWriter, has_evaluation
 from vidsim.training.state import TrainState
 
 
@@ -80,12 +80,12 @@ def run(
       Restart: SIGTERM came; the state is saved.
     """
     first = int(state.step)
+    evaluated = multihost.run_once(lambda: has_evaluation(folder, first), f"{name} evaluated")
     writer = MetricsWriter(folder, step=first) if multihost.is_main() else None
     pending: tuple[int, dict] | None = None
-    clock, clock_step = time.monotonic(), first
 
-    def log(wait_for_nothing: bool = False):
-        nonlocal pending, clock, clock_step
+    def log():
+        nonlocal pending
         if pending is None:
             return
         step, metrics = pending
@@ -103,12 +103,15 @@ def run(
         for step in range(first, config.steps + 1):
             last = step == config.steps
             stop = preemption.at(step)
-            if not stop and step > first and (last or step % config.evaluate_every == 0):
+            due = step > 0 and (last or step % config.evaluate_every == 0)
+            if due and not stop and not (step == first and evaluated):
                 log()
                 for label, evaluate in evaluators.items():
                     values = {f"{label}/{key}": value for key, value in evaluate(state, step)}
                     if writer and values:
                         writer.write(step, values)
+                # Process 0 may evaluate for longer than the others' collectives wait.
+                multihost.barrier(f"{name} evaluated")
             if stop or last or (step > first and step % config.checkpoint_every == 0):
                 log()
                 checkpoints.save(state, step=step, index_hash=index_hash)
@@ -124,6 +127,8 @@ def run(
         checkpoints.wait()
         if writer:
             writer.close()
-    if stop and not last:
+        # It may have come during the last evaluation, too late for the loop.
+        stop = stop or preemption.at(step + 1)
+    if stop:
         raise Restart(f"{name} stopped by SIGTERM after saving step {step}; start it again")
     return state

@@ -50,3 +50,10 @@ def rows_until(path: str | os.PathLike, step: int) -> list[dict]:
         if row["step"] <= step:
             rows.append(row)
     return rows
+
+
+def has_evaluation(folder: str | os.PathLike, step: int) -> bool:
+    """Whether the evaluators have run at `step`: their names contain a slash."""
+    path = pathlib.Path(folder) / "metrics.jsonl"
+    rows = rows_until(path, step) if path.exists() else []
+    return any("/" in name for row in rows if row["step"] == step for name in row)

@@ -21,7 +21,7 @@ NOT_HIDDEN = ("embedding", "modulation", "time/", "patches_in", "text_in", "head
 class Config:
     learning_rate: float  # of Muon
     adam_learning_rate: float
-    weight_decay: float
+    weight_decay: float  # of hidden matrices; norms, biases and embeddings keep their scale
     warmup_steps: int
     decay_steps: int  # the last steps, over which the rate falls linearly to a hundredth
     clip_norm: float
@@ -62,7 +62,7 @@ def make(config: Config, steps: int) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             adam_b1=0.9,
             adam_b2=0.95,
-            adam_weight_decay=config.weight_decay,
+            adam_weight_decay=0.0,
             adam_learning_rate=schedule(config, steps, config.adam_learning_rate),
             muon_weight_dimension_numbers=hidden_matrices,
         ),

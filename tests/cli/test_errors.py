@@ -1,0 +1,170 @@
+"""Every user's mistake ends with exit code 2 and one line that names value, constraint, remedy."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vidsim.data import video
+
+
+def refused(ended, *words: str) -> None:
+    """It ended with 2, said nothing on stdout, and one line of stderr with all of `words`."""
+    assert ended.code == 2, ended.stderr
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line, line
+
+
+@pytest.fixture
+def film(tmp_path) -> bytes:
+    frames = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), dtype=np.uint8)
+    return video.encode_video(frames, 8)
+
+
+def test_missing_input(vidsim, tmp_path):
+    out = tmp_path / "out"
+    ended = vidsim("prepare", f"--input={tmp_path / 'nowhere'}", f"--out={out}")
+    refused(ended, str(tmp_path / "nowhere"), "does not exist", "give the folder")
+    assert not out.exists()
+
+
+def test_empty_folder(vidsim, tmp_path):
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "out"
+    ended = vidsim("prepare", f"--input={tmp_path / 'empty'}", f"--out={out}")
+    refused(ended, str(tmp_path / "empty"), "holds no video or image", "give a folder")
+    assert not out.exists()
+
+
+def test_only_a_truncated_film(new_process, film, tmp_path):
+    # In a process of its own, because FFmpeg would speak past Python's stderr.
+    folder, out = tmp_path / "films", tmp_path / "out"
+    folder.mkdir()
+    (folder / "cut.mp4").write_bytes(film[: len(film) // 2])
+    arguments = ("prepare", f"--input={folder}", f"--out={out}")
+    ended = new_process("-m", "vidsim.cli.main", *arguments)
+    assert ended.code == 2 and ended.stdout == ""
+    # Before the error there may be lines of progress.
+    *_, line = ended.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in ("none of the 1 files", "cut.mp4", "give other files"):
+        assert word in line
+    assert not out.exists() and list(tmp_path.glob(".*")) == []
+
+
+def test_caption_for_no_file(vidsim, film, tmp_path):
+    folder, out = tmp_path / "films", tmp_path / "out"
+    folder.mkdir()
+    (folder / "film.mp4").write_bytes(film)
+    (folder / "captions.jsonl").write_text(json.dumps({"file": "flim.mp4", "caption": "a film"}))
+    ended = vidsim("prepare", f"--input={folder}", f"--out={out}")
+    refused(ended, "captions.jsonl line 1", "'flim.mp4'", "mend the name or remove the row")
+    assert not out.exists()
+
+
+def test_unknown_verb(vidsim):
+    refused(vidsim("smaple", "--run=x"), "'smaple'", "did you mean 'sample'?")
+
+
+def test_unknown_flag(vidsim, tmp_path):
+    ended = vidsim("sample", f"--run={tmp_path}", "--out=x", "--lenght=9")
+    refused(ended, "lenght", "`vidsim sample --help`")
+
+
+def test_unknown_config_key_on_the_command_line(vidsim, config, tmp_path):
+    workdir = tmp_path / "run"
+    ended = vidsim("run", f"--config={config}", f"--workdir={workdir}", "--config.vae.nope=1")
+    refused(ended, "vae.nope", "`vidsim run --help`")
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("config.vae.model.chanels = (8, 16)", ("vae.model.chanels", "did you mean 'channels'?")),
+        ("del config.dit.model.width", ("dit.model.width is missing", "give it a value")),
+        ("del config.pipeline", ("no section 'pipeline'", "add one")),
+        ("config.vae.optimizer.rate = 1", ("vae.optimizer.rate", "known are")),
+        ("config.dit.loss.nope = 1", ("dit.loss.nope", "known are")),
+        ("config.vae.nope = 1", ("vae.nope", "known are")),
+        ("config.nope = 1", ("nope", "known are")),
+    ],
+)
+def test_wrong_key_in_an_experiment_file(vidsim, config, tmp_path, change, words):
+    experiment, workdir = tmp_path / "mine.py", tmp_path / "run"
+    experiment.write_text(
+        "import runpy\n\n\ndef get_config():\n"
+        f"    config = runpy.run_path({str(config)!r})['get_config']()\n"
+        f"    {change}\n    return config\n"
+    )
+    refused(vidsim("run", f"--config={experiment}", f"--workdir={workdir}"), *words)
+    assert not workdir.exists()
+
+
+def test_missing_config_file(vidsim, tmp_path):
+    path, workdir = tmp_path / "nowhere.py", tmp_path / "run"
+    ended = vidsim("run", f"--config={path}", f"--workdir={workdir}")
+    refused(ended, f"no config file {path}", "give an experiment")
+    assert not workdir.exists()
+
+
+def test_config_value_that_is_no_number(vidsim, config, tmp_path):
+    workdir = tmp_path / "run"
+    flags = (f"--config={config}", f"--workdir={workdir}")
+    refused(vidsim("run", *flags, "--config.vae.loop.steps=many"), "vae.loop.steps", "many")
+    assert not workdir.exists()
+
+
+def test_missing_data_folder_can_be_mended_in_the_same_workdir(vidsim, config, tmp_path):
+    workdir, nowhere = tmp_path / "run", tmp_path / "nowhere"
+    flags = (f"--config={config}", f"--workdir={workdir}", f"--config.data.input={nowhere}")
+    ended = vidsim("run", *flags)
+    refused(ended, str(nowhere), "does not exist", "give the folder")
+    assert not (workdir / "shards").exists()
+
+
+def test_missing_run(vidsim, tmp_path):
+    run, out = tmp_path / "nowhere", tmp_path / "out"
+    ended = vidsim("sample", f"--run={run}", f"--out={out / 'ball'}")
+    refused(ended, f"{run} holds no run", "--workdir")
+    assert not out.exists()
+    ended = vidsim("export", f"--run={run}", f"--out={out}")
+    refused(ended, f"{run} holds no run", "--workdir")
+    assert not out.exists() and not run.exists()
+
+
+def test_run_that_has_not_trained(vidsim, tiny, tmp_path):
+    workdir, out = tiny.copy(tmp_path / "run", "config.json"), tmp_path / "out"
+    ended = vidsim("sample", f"--run={workdir}", f"--out={out / 'ball'}")
+    refused(ended, "no checkpoints", "train first")
+    assert not out.exists() and not (workdir / "dit").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--width=50", "--height=32"), ("width=50", "multiple of 8", "use 48 or 56")),
+        (("--width=50",), ("width=50", "give both or neither")),
+        (("--frames=8",), ("frames=8", "1 + 4k", "use 5 or 9")),
+        (("--solver=rk4",), ("solver='rk4'", "euler", "heun")),
+        (("--mode=animate",), ("mode=animate", "--image=FILE")),
+        (("--image=x.png",), ("mode=text takes no --image=x.png", "leave it out")),
+        (("--mode=animate", "--image=x.png"), ("x.png", "give")),
+        (("--request=x.json",), ("no side-car x.json", "give the .json")),
+    ],
+)
+def test_sample_that_cannot_be(vidsim, tiny, tmp_path, flags, words):
+    out = tmp_path / "out"
+    refused(vidsim("sample", f"--run={tiny.workdir}", f"--out={out / 'ball'}", *flags), *words)
+    assert not out.exists()
+
+
+def test_size_off_the_grid_says_one_line_in_a_process_of_its_own(new_process, tiny, tmp_path):
+    out = tmp_path / "out"
+    flags = (f"--run={tiny.workdir}", f"--out={out / 'ball'}", "--width=50", "--height=32")
+    ended = new_process("-m", "vidsim.cli.main", "sample", *flags)
+    refused(ended, "width=50", "multiple of 8", "use 48 or 56")
+    assert not out.exists()

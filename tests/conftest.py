@@ -1,0 +1,112 @@
+"""The tiny run that tests share, and `vidsim` with its flags as often as wanted in one process."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "tiny.py"
+
+# The programs of tests run for milliseconds and compile for seconds: a third of them without LLVM's
+# optimisations. Set before jax looks, and inherited by the processes that tests start.
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0"]
+).strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """A `vidsim` that ended: exit code and what it printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def summary(self) -> dict:
+        """The last line of stdout."""
+        assert self.code == 0, self.stderr
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+def in_this_process(*arguments) -> Ended:
+    """`vidsim ARGUMENTS` here: what was compiled before is not compiled again."""
+    from absl import flags
+
+    from vidsim.cli import main
+
+    before = set(flags.FLAGS)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main.execute([str(argument) for argument in arguments])
+    finally:
+        for name in set(flags.FLAGS) - before:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS.unparse_flags()
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def python(*arguments, **environment: str) -> Ended:
+    """`python ARGUMENTS` in the root of the project."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A finished run of `tests/tiny.py`; tests that change anything take a copy."""
+
+    workdir: pathlib.Path
+    ended: Ended
+
+    def copy(self, folder: pathlib.Path, *parts: str) -> pathlib.Path:
+        """A new work folder with some parts of this one, and all its compiled programs."""
+        folder.mkdir(parents=True)
+        for part in parts:
+            source = self.workdir / part
+            copy = shutil.copytree if source.is_dir() else shutil.copy
+            copy(source, folder / part)
+        (folder / "compiled").symlink_to(self.workdir / "compiled")
+        return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Tiny:
+    workdir = tmp_path_factory.mktemp("tiny") / "run"
+    run = ("run", f"--config={CONFIG}", f"--workdir={workdir}")
+    ended = python("-m", "vidsim.cli.main", *run)
+    assert ended.code == 0, ended.stderr
+    return Tiny(workdir, ended)
+
+
+@pytest.fixture(scope="session")
+def vidsim():
+    return in_this_process
+
+
+@pytest.fixture(scope="session")
+def new_process():
+    return python
+
+
+@pytest.fixture(scope="session")
+def config() -> pathlib.Path:
+    """The experiment file of the tiny run."""
+    return CONFIG
