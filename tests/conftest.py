@@ -38,19 +38,25 @@ class Ended:
 
 
 def in_this_process(*arguments) -> Ended:
-    """`vidsim ARGUMENTS` here: what was compiled before is not compiled again."""
+    """`vidsim ARGUMENTS` here: what this process compiled before is not compiled again."""
     from absl import flags
 
     from vidsim.cli import main
 
-    before = set(flags.FLAGS)
+    arguments = [str(argument) for argument in arguments]
+    before, argv = set(flags.FLAGS), sys.argv
     out, err = io.StringIO(), io.StringIO()
     try:
+        sys.argv = ["vidsim", *arguments]  # where --config.a.b=value is read from
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main.execute([str(argument) for argument in arguments])
+            code = main.execute(arguments)
     finally:
+        sys.argv = argv
         for name in set(flags.FLAGS) - before:
-            delattr(flags.FLAGS, name)
+            # What a library defined while it was imported stays.
+            module = flags.FLAGS.find_module_defining_flag(name, "")
+            if module.startswith("vidsim.") or name.startswith("config."):
+                delattr(flags.FLAGS, name)
         flags.FLAGS.unparse_flags()
     return Ended(code, out.getvalue(), err.getvalue())
 

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     config.vae.buckets.update(sizes=SIZES, frames=(1, 5), batch_frames=20)
     config.latents.update(sizes=SIZES, max_frames=13, batch_frames=39)
 
-    config.dit.model.update(width=32, depth=2, heads=2, mlp_hidden=64)
+    config.dit.model.update(width=32, depth=2, heads=2, mlp_hidden=64, unroll=1)
     config.dit.text.update(features=16)
     config.dit.pack.update(row_tokens=128, rows=8, max_segments=4)
     for section in (config.vae, config.dit):

@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -54,10 +54,9 @@ class Run:
         self.config = config
         self.workdir = pathlib.Path(workdir)
         build = configs.build
-        sections = ("world", "data", "pipeline", "tokenizer", "vae", "latents", "dit", "sample")
-        for name in (*sections, "evaluation", "report", "mesh"):
-            if name not in config:
-                raise InputError(f"the experiment has no section {name!r}; add one")
+        build(Experiment, config, where="config")
+        build(VAESection, config["vae"], where="vae")
+        build(DiTSection, config["dit"], where="dit")
         self.seed = config["seed"]
         self.world = build(world.Config, config["world"], where="world")
         self.data = build(Data, config["data"], where="data")
@@ -77,6 +76,16 @@ class Run:
         self.conditions = build(
             conditions.Config, config["dit"]["conditions"], where="dit.conditions"
         )
+        self.losses = {
+            "vae": build(objectives.VAELoss, config["vae"]["loss"], where="vae.loss"),
+            "dit": build(objectives.DiTLoss, config["dit"]["loss"], where="dit.loss"),
+        }
+        self.optimizers, self.loops = {}, {}
+        for name in ("vae", "dit"):
+            self.optimizers[name] = build(
+                optimizer.Config, config[name]["optimizer"], where=f"{name}.optimizer"
+            )
+            self.loops[name] = build(loop.Config, config[name]["loop"], where=f"{name}.loop")
 
     def path(self, *parts: str) -> pathlib.Path:
         return self.workdir.joinpath(*parts)
@@ -92,6 +101,8 @@ class Run:
                     "use a new --workdir, or the old value"
                 )
         else:
+            if self.data.input:  # A wrong path must not claim the folder.
+                prepare.list_files(pathlib.Path(self.data.input))
             files.write_json(path, self.config)
 
     @functools.cached_property
@@ -127,6 +138,47 @@ def open_folder(workdir: str) -> Run:
     if not path.is_file():
         raise InputError(f"{workdir} holds no run; give the --workdir of `vidsim run`")
     return Run(files.read_json(path), workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The sections of an experiment file."""
+
+    name: str
+    seed: int
+    mesh: Mapping
+    world: Mapping
+    data: Mapping
+    pipeline: Mapping
+    tokenizer: Mapping
+    vae: Mapping
+    latents: Mapping
+    dit: Mapping
+    sample: Mapping
+    evaluation: Mapping
+    report: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class VAESection:
+    model: Mapping
+    loss: Mapping
+    buckets: Mapping
+    optimizer: Mapping
+    loop: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTSection:
+    model: Mapping
+    text: Mapping
+    loss: Mapping
+    times: Mapping
+    conditions: Mapping
+    text_dropout: float
+    pack: Mapping
+    optimizer: Mapping
+    loop: Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +265,6 @@ def vae_training(run: Run) -> Training:
     def make_model(rngs):
         return vae.VAE(run.vae, rngs)
 
-    loss = configs.build(objectives.VAELoss, run.config["vae"]["loss"], where="vae.loss")
     for width, height in run.buckets.sizes:
         for length in run.buckets.frames:
             run.vae.latent_size(length, height, width)
@@ -221,7 +272,7 @@ def vae_training(run: Run) -> Training:
     return Training(
         name="vae",
         make_model=make_model,
-        objective=objectives.bind(objectives.vae_loss, graphdef, loss),
+        objective=objectives.bind(objectives.vae_loss, graphdef, run.losses["vae"]),
         batches=lambda start: pipeline.pixels(
             run.clips,
             "train",
@@ -286,8 +337,7 @@ def dit_training(run: Run) -> Training:
     def make_model(rngs):
         return dit.DiT(run.dit, run.text, values, rngs)
 
-    section = run.config["dit"]
-    loss = configs.build(objectives.DiTLoss, section["loss"], where="dit.loss")
+    dropout = run.config["dit"]["text_dropout"]
     graphdef = state.graph_of(make_model)
 
     def load(split: str, drawn: conditions.Config, dropout: float) -> pipeline.LoadPack:
@@ -322,23 +372,20 @@ def dit_training(run: Run) -> Training:
         name="dit",
         make_model=make_model,
         objective=objectives.bind(
-            objectives.dit_loss, graphdef, run.dit.prediction, run.times, loss
+            objectives.dit_loss, graphdef, run.dit.prediction, run.times, run.losses["dit"]
         ),
         batches=lambda start: pipeline.packs(
-            load("train", run.conditions, section["text_dropout"]), run.pipeline, start=start
+            load("train", run.conditions, dropout), run.pipeline, start=start
         ),
         index_hash=buckets.index_hash(cache.index),
         evaluators=evaluators,
     )
 
 
-def train(run: Run, training: Training, section) -> dict:
+def train(run: Run, training: Training) -> dict:
     """Trains one model from its newest checkpoint to the end."""
     rules = ShardingRules()
-    loop_config = configs.build(loop.Config, section["loop"], where=f"{training.name}.loop")
-    optim = configs.build(
-        optimizer.Config, section["optimizer"], where=f"{training.name}.optimizer"
-    )
+    loop_config, optim = run.loops[training.name], run.optimizers[training.name]
     tx = optimizer.make(optim, loop_config.steps)
     shardings = state.shardings(training.make_model, tx, run.mesh, rules)
     checkpoints = checkpoint.Checkpoints(run.path(training.name, "checkpoints"))
@@ -382,16 +429,15 @@ def _count(params) -> int:
 
 def train_vae(run: Run) -> dict:
     """Trains the autoencoder, then measures the statistics of its latents."""
-    result = train(run, vae_training(run), run.config["vae"])
-    multihost.run_once(lambda: _measure_statistics(run), "latent statistics")
+    result = train(run, vae_training(run))
+    folder = run.path("vae", "checkpoints")
+    models = _vae_only(run, exported.restore(folder, exported.abstract_vae(run.vae), "ema"))
+    multihost.run_once(lambda: _measure_statistics(run, models), "latent statistics")
     return result
 
 
-def _measure_statistics(run: Run) -> None:
+def _measure_statistics(run: Run, models: generate.Models) -> None:
     """Mean and deviation of each channel over training clips, written beside the checkpoints."""
-    folder = run.path("vae", "checkpoints")
-    params = exported.restore(folder, exported.abstract_vae(run.vae), "ema")
-    models = _vae_only(run, params)
     rows = [row for row in run.clips.index if row["split"] == "train"]
     total, square, count = 0.0, 0.0, 0
     for row in rows[:: max(1, len(rows) // 64)]:
@@ -426,8 +472,9 @@ def load_models(run: Run, weights: str = "ema") -> generate.Models:
 
 
 def encode_latents(run: Run) -> dict:
+    models = load_vae(run)
+
     def encode():
-        models = load_vae(run)
         return latents.write(
             run.path("latents"),
             run.clips,
@@ -441,7 +488,7 @@ def encode_latents(run: Run) -> dict:
 
 
 def train_dit(run: Run) -> dict:
-    return train(run, dit_training(run), run.config["dit"])
+    return train(run, dit_training(run))
 
 
 def _template(run: Run, **changes) -> dict:
@@ -478,8 +525,8 @@ def text_request(run: Run, prompt: str, seed: int, size, frames: int) -> generat
 def _sample_step(run: Run, train_state, step_number: int):
     """An evaluator that yields no number: samples the fixed prompts at this training step."""
     params = multihost.fetch(train_state.ema)
+    loaded = load_vae(run)
     if multihost.is_main():
-        loaded = load_vae(run)
         models = dataclasses.replace(loaded, dit_params=params, tokenizer=run.words())
         requests = [
             text_request(run, prompt, run.report.seed, run.sample.sizes[0], run.sample.frames)
@@ -493,11 +540,11 @@ def _sample_step(run: Run, train_state, step_number: int):
 
 def sample_modes(run: Run) -> dict:
     """One sample of every mode, of every size, for the report."""
-    return multihost.run_once(lambda: _sample_modes(run), "samples")
-
-
-def _sample_modes(run: Run) -> dict:
     models = load_models(run)
+    return multihost.run_once(lambda: _sample_modes(run, models), "samples")
+
+
+def _sample_modes(run: Run, models: generate.Models) -> dict:
     folder, inputs = run.path("samples", "final"), run.path("samples", "inputs")
     texts = prompts(run)
     number = 0
@@ -541,11 +588,12 @@ def _sample_modes(run: Run) -> dict:
 
 def evaluate(run: Run) -> dict:
     """The numbers of the report and the videos behind them."""
-    return multihost.run_once(lambda: _evaluate(run), "evaluate")
+    models = load_models(run)
+    return multihost.run_once(lambda: _evaluate(run, models), "evaluate")
 
 
-def _evaluate(run: Run) -> dict:
-    models, settings = load_models(run), run.evaluation
+def _evaluate(run: Run, models: generate.Models) -> dict:
+    settings = run.evaluation
     plan = _vae_plan(run, settings.vae_clips)
     results = {"vae": evaluator.vae_quality(models, run.clips, run.truth, plan), "physics": None}
     for place, (record, *size) in enumerate([entry for entry in plan if entry[1] > 1][:3]):

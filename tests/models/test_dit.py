@@ -22,6 +22,7 @@ CONFIG = dit.Config(
     patch=1,
     prediction="x0",
     remat="none",
+    unroll=1,
     dtype="float32",
 )
 TEXT = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4)

@@ -41,7 +41,7 @@ def checkpoints(workdir, model) -> list[int]:
 @pytest.mark.parametrize(
     ("model", "needs"),
     [
-        ("vae", ("shards",)),
+        ("vae", ("shards", "world")),
         ("dit", ("shards", "tokenizer.model", "vae", "latents")),
     ],
 )

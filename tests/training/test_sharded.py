@@ -1,16 +1,15 @@
 """Training steps on eight devices beside the same steps on one, in a process with eight devices."""
 
-import json
 import textwrap
 
 import pytest
 
 # Prints a JSON line: of each mesh the losses, the largest difference of the parameters and of their
-# average from those of one device, and how many arrays are split into how many parts.
+# average from those of one device, and into how many parts arrays are split.
 CODE = """
     import json, sys
     import jax, numpy as np
-    from vidsim import config as configs, files, stages, trees
+    from vidsim import config as configs, stages
     from vidsim.parallel import mesh as meshes, multihost
     from vidsim.parallel.sharding import ShardingRules
     from vidsim.training import optimizer, state, step
@@ -27,6 +26,7 @@ CODE = """
     def train(mesh):
         shardings = state.shardings(training.make_model, tx, mesh, rules)
         now = state.create(training.make_model, tx, jax.random.key(0), shardings)
+        start = jax.tree.map(np.array, now.params)
         spec = step.batch_sharding(mesh, rules).spec
         step_fn = step.make_step(
             training.objective, tx, optim, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
@@ -35,33 +35,25 @@ CODE = """
         for batch in batches:
             now, metrics = step_fn(now, multihost.global_batch(mesh, spec, batch))
             losses.append(float(metrics["loss"]))
-        return now, losses
+        return start, now, losses
 
     def difference(one, other):
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
         return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs)
 
     def parts(tree):
-        return [leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(tree)]
+        leaves = jax.tree.leaves(tree)
+        return max(leaf.size // leaf.addressable_shards[0].data.size for leaf in leaves)
 
-    alone, losses = train(meshes.make(meshes.Config(), jax.devices()[:1]))
-    before = state.create(
-        training.make_model,
-        tx,
-        jax.random.key(0),
-        state.shardings(
-            training.make_model, tx, meshes.make(meshes.Config(), jax.devices()[:1]), rules
-        ),
-    )
-    found = {"losses": losses, "moved": difference(alone.params, before.params), "meshes": {}}
+    start, alone, losses = train(meshes.make(meshes.Config(), jax.devices()[:1]))
+    found = {"losses": losses, "moved": difference(alone.params, start), "meshes": {}}
     for name, sizes in {"fsdp": (1, 8), "both": (2, 4)}.items():
-        now, losses = train(meshes.make(meshes.Config(*sizes)))
+        _, now, losses = train(meshes.make(meshes.Config(*sizes)))
         found["meshes"][name] = {
             "losses": losses,
             "params": difference(now.params, alone.params),
             "ema": difference(now.ema, alone.ema),
-            "parts": max(parts(now.params)),
-            "moment_parts": max(parts(now.opt_state)),
+            "parts": [parts(now.params), parts(now.ema), parts(now.opt_state)],
         }
     print(json.dumps(found))
 """
@@ -70,15 +62,13 @@ CODE = """
 @pytest.mark.parametrize("model", ["vae", "dit"])
 def test_sharded_equals_single_device(tiny, new_process, model):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    ended = new_process(
+    found = new_process(
         "-c", textwrap.dedent(CODE), tiny.workdir, model, XLA_FLAGS=flags, JAX_PLATFORMS="cpu"
-    )
-    found = ended.summary
-    print(json.dumps(found))
+    ).summary
     for name, parts in {"fsdp": 8, "both": 4}.items():
         mesh = found["meshes"][name]
-        assert mesh["parts"] == mesh["moment_parts"] == parts
-        # float32 sums in another order: 1e-7 of a sum, and a few times that after two steps.
-        assert mesh["losses"] == pytest.approx(found["losses"], rel=1e-5)
-        for params in ("params", "ema"):
-            assert mesh[params] < 1e-3 * found["moved"]
+        assert mesh["parts"] == [parts] * 3, "parameters, average and moments are split"
+        # Devices sum gradients in another order than one does: 1e-7 of each in float32, and Muon
+        # divides by the gradient's size, so that of a step a few times more may differ.
+        assert mesh["losses"] == pytest.approx(found["losses"], rel=1e-6)
+        assert max(mesh["params"], mesh["ema"]) < 1e-4 * found["moved"]

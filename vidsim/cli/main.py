@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 
 from absl import flags
@@ -57,7 +58,16 @@ def parse(verb: str, arguments: list[str]):
             raise InputError(f"no config file {path}; give an experiment such as experiments/*.py")
     try:
         rest = flags.FLAGS([f"vidsim {verb}", *arguments])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError) as error:
+        # It names the field alone: say which argument has it.
+        words = set(re.findall(r"\w+", str(error)))
+        fields = [a for a in arguments if words & set(a.partition("=")[0].split(".")[1:])]
+        reason = str(error).strip('"')
+        raise InputError(
+            f"{fields[0] if fields else '--config'} names no field of the experiment ({reason}); "
+            "its file has them all"
+        ) from error
+    except (flags.Error, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{reason}; `vidsim {verb} --help` lists the flags") from error
     if len(rest) > 1:

@@ -3,6 +3,7 @@
 from absl import flags
 from ml_collections import config_flags
 
+from vidsim.config import build
 from vidsim.errors import InputError
 from vidsim.worlds import physics
 
@@ -18,5 +19,6 @@ def define_flags() -> None:
 def main() -> dict:
     if "world" not in FLAGS.config:
         raise InputError("the experiment has no section `world`; add one or choose another file")
-    counts = physics.write(physics.Config(**FLAGS.config.world), FLAGS.out)
+    world = build(physics.Config, FLAGS.config.world.to_dict(), where="world")
+    counts = physics.write(world, FLAGS.out)
     return {**counts, "out": FLAGS.out}

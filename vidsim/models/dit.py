@@ -46,6 +46,7 @@ class Config:
     patch: int  # latents along a side of one token
     prediction: str  # what the head predicts: x0 or velocity
     remat: str  # one of REMAT_POLICIES
+    unroll: int  # layers in one body of the scan: more run faster on a CPU, and compile slower
     dtype: str  # of activations; norms, softmax and the loss are float32
 
     def __post_init__(self):
@@ -167,7 +168,7 @@ class DiT(nnx.Module):
         if self.config.remat != "none":
             policy = REMAT_POLICIES[self.config.remat]
             body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-        x_BLD, _ = jax.lax.scan(body, x_BLD, stacked)
+        x_BLD, _ = jax.lax.scan(body, x_BLD, stacked, unroll=self.config.unroll)
 
         shift, scale = jnp.split(chosen_BLm @ self.head_modulation(embedded), 2, axis=-1)
         x_BLD = rms_normalise(x_BLD) * (1 + scale) + shift

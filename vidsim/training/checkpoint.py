@@ -63,8 +63,9 @@ class Checkpoints:
 def load_part(folder: str | os.PathLike, part: str, abstract):
     """One field of the newest state in `folder`, such as `ema`, on this process's first device.
 
-    It only reads, and for this process alone: the run may be saving meanwhile, and the mesh that it
-    trains on does not matter.
+    It only reads, so the run may be saving meanwhile, and the mesh that it trains on does not
+    matter. Every process reads all of it, and all must call it: Orbax counts its operations, and
+    after one that it did alone a process would wait for the others at the next for ever.
 
     Raises:
       InputError: there is no checkpoint.
