@@ -20,7 +20,6 @@ from vidsim.data import video
 from vidsim.errors import InputError
 from vidsim.evaluation import figures, page
 
-
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png"}
 _MODES = {
     "text": "Video from text",
@@ -192,9 +191,9 @@ def _physics_numbers(numbers: dict) -> str:
         for kind, of in kinds.items()
     )
     return (
-        "<p>Each video is extended from its first "
-        f"{_text(numbers.get('given_frames', '—'))} frames, the balls are tracked in the result, and their velocities are "
-        "compared with the simulator's, in world units/s; lower is better. <em>Floor</em> is the "
+        f"<p>Each video is extended from its first {_text(numbers.get('given_frames', '—'))} "
+        "frames, the balls are tracked in the result, and their velocities are compared "
+        " with the simulator's, in world units/s; lower is better. <em>Floor</em> is the "
         "same measure on the real videos, <em>wrong prompt</em> on the real video of another "
         "prompt, and <em>frozen</em> on the last given frame, repeated.</p>"
         f'<div class="beside"><div class="chart">{chart}</div>'
