@@ -53,6 +53,7 @@ def get_config() -> ConfigDict:
                     "strides": ((1, 2),),
                     "time_kernels": (1, 1),
                     "space_kernels": (3, 3),
+                    "edge_kernel": 1,
                     "dtype": "float32",
                 },
                 "loss": {

@@ -178,16 +178,16 @@ def test_own_folder_without_captions_trains_and_animates(
 ):
     own = tmp_path / "own"
     rng = np.random.default_rng(0)
-    for number, (frames, height, width) in enumerate([(14, 40, 64), (9, 36, 36), (20, 32, 50)]):
+    for number, (frames, height, width) in enumerate([(14, 40, 64), (9, 32, 50), (20, 44, 64)]):
         colors = rng.integers(0, 256, (frames, 1, 1, 3), dtype=np.uint8)
         clip = np.broadcast_to(colors, (frames, height, width, 3))
         video.write_video(own / "films" / f"{number}.mp4", clip, 8 + number)
     video.write_image(own / "still.png", rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    video.write_image(own / "other.png", rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    video.write_image(own / "other.png", rng.integers(0, 256, (36, 36, 3), dtype=np.uint8))
 
     workdir = tiny.copy(tmp_path / "run")
     flags = (f"--config={config}", f"--config.data.input={own}", f"--workdir={workdir}")
-    # A new process finds the compiled programs of the tiny run; this one does not look for them.
+    # The shapes are those of the tiny run, so a new process finds its steps compiled.
     summary = new_process("-m", "vidsim.cli.main", "run", *flags).summary
     assert summary["physics"] is None and summary["vae"]["object_psnr_db"] is None
     assert np.isfinite(summary["vae"]["psnr_db"])

@@ -7,5 +7,6 @@ import jax
 
 def cache_in(folder: str | os.PathLike) -> None:
     """Keeps compiled programs in `folder`, whatever their size."""
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # The path is part of a program's key: however it is written, it must be the same.
+    jax.config.update("jax_compilation_cache_dir", os.path.realpath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -19,6 +19,7 @@ CONFIG = vae.Config(
     strides=((2, 2),),
     time_kernels=(3, 2),
     space_kernels=(3, 1),
+    edge_kernel=3,
     dtype="float32",
 )
 GRAPH, ABSTRACT = nnx.split(nnx.eval_shape(lambda: vae.VAE(CONFIG, nnx.Rngs(0))))

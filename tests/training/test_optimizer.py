@@ -40,6 +40,7 @@ def vae_params():
         strides=((2, 2),),
         time_kernels=(3, 2),
         space_kernels=(3, 1),
+        edge_kernel=3,
         dtype="float32",
     )
     return state.abstract_params(lambda rngs: vae.VAE(config, rngs))

@@ -193,7 +193,7 @@ def _physics_numbers(numbers: dict) -> str:
     return (
         f"<p>Each video is extended from its first {_text(numbers.get('given_frames', '—'))} "
         "frames, the balls are tracked in the result, and their velocities are compared "
-        " with the simulator's, in world units/s; lower is better. <em>Floor</em> is the "
+        "with the simulator's, in world units/s; lower is better. <em>Floor</em> is the "
         "same measure on the real videos, <em>wrong prompt</em> on the real video of another "
         "prompt, and <em>frozen</em> on the last given frame, repeated.</p>"
         f'<div class="beside"><div class="chart">{chart}</div>'

@@ -41,6 +41,7 @@ class Config:
     strides: tuple[tuple[int, int], ...]  # (time, space) between levels
     time_kernels: tuple[int, ...]  # time taps of the convolutions of each level
     space_kernels: tuple[int, ...]  # and their taps along a side; 1 is a map of each position
+    edge_kernel: int  # taps along a side of the first and the last convolution
     dtype: str  # of activations; statistics and losses are float32
 
     def __post_init__(self):
@@ -171,7 +172,7 @@ class VAE(nnx.Module):
         levels = range(len(config.channels))
         pixels = 3 * config.patch[0] * config.patch[1] ** 2
 
-        edge = (1, config.space_kernels[0], config.space_kernels[0])
+        edge = (1, config.edge_kernel, config.edge_kernel)
         encoder = [CausalConv3d(pixels, config.channels[0], edge, rngs=rngs)]
         for level in levels:
             if level:
