@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
 
-from vidsim import files, stages, trees
+from vidsim import files, trees
 from vidsim.data import video
 from vidsim.export import models
 from vidsim.sampling import generate
@@ -127,10 +127,10 @@ def test_extend_keeps_all_frames_of_the_video(tiny, vidsim, tmp_path):
 
 
 def test_given_frames_come_back_bit_equal(tiny):
-    run = stages.open_folder(tiny.workdir)
-    loaded = stages.load_models(run)
+    run = run_folder.open_folder(tiny.workdir)
+    loaded = run_folder.load_models(run)
     given = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
-    request = stages.text_request(run, "noise", 0, (48, 32), 9)
+    request = showing.text_request(run, "noise", 0, (48, 32), 9)
     extend = generate.Request(**{**vars(request), "mode": "extend", "given_THWC": given})
     (made,) = generate.generate(loaded, [extend])
     np.testing.assert_array_equal(made[:5], given)

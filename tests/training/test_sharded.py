@@ -9,13 +9,14 @@ import pytest
 CODE = """
     import json, sys
     import jax, numpy as np
-    from vidsim import config as configs, stages
+    from vidsim import config as configs
+    from vidsim.stages import run as runs, training as trainings
     from vidsim.parallel import mesh as meshes, multihost
     from vidsim.parallel.sharding import ShardingRules
     from vidsim.training import optimizer, state, step
 
-    run = stages.open_folder(sys.argv[1])
-    training = getattr(stages, sys.argv[2] + "_training")(run)
+    run = runs.open_folder(sys.argv[1])
+    training = getattr(trainings, sys.argv[2] + "_training")(run)
     batches = training.batches(0)
     first = next(batches)
     same = lambda batch: jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, first)

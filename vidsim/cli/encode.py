@@ -1,7 +1,7 @@
 """Writes the latent cache of an experiment: every clip through the trained autoencoder once."""
 
-from vidsim import stages
 from vidsim.cli import experiment
+from vidsim.stages import walk
 
 
 def define_flags() -> None:
@@ -9,4 +9,4 @@ def define_flags() -> None:
 
 
 def main() -> dict:
-    return stages.do(experiment.open_run(), "encode")
+    return walk.do(experiment.open_run(), "encode")

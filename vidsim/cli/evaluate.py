@@ -1,7 +1,7 @@
 """Measures a trained run and writes evaluation.json and report.html."""
 
-from vidsim import stages
 from vidsim.cli import experiment
+from vidsim.stages import showing
 
 
 def define_flags() -> None:
@@ -10,4 +10,4 @@ def define_flags() -> None:
 
 def main() -> dict:
     run = experiment.open_run()
-    return {**stages.evaluate(run), **stages.write_report(run)}
+    return {**showing.evaluate(run), **showing.write_report(run)}

@@ -5,8 +5,9 @@ import json
 from absl import flags
 from ml_collections import config_flags
 
-from vidsim import compiling, stages
+from vidsim import compiling
 from vidsim.parallel import multihost
+from vidsim.stages.run import Run
 
 FLAGS = flags.FLAGS
 
@@ -19,12 +20,12 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
 
-def open_run() -> stages.Run:
+def open_run() -> Run:
     """Joins the other processes, if any, and opens the work folder."""
     multihost.initialize()
     # Tuples become lists, so that this config equals the one that is read back.
     config = json.loads(json.dumps(FLAGS.config.to_dict()))
-    run = stages.Run(config, FLAGS.workdir)
+    run = Run(config, FLAGS.workdir)
     multihost.run_once(run.claim_folder, "config")
     compiling.cache_in(run.path("compiled"))
     return run

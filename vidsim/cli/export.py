@@ -4,9 +4,10 @@ import pathlib
 
 from absl import flags
 
-from vidsim import files, stages
+from vidsim import files
 from vidsim.errors import InputError
 from vidsim.export import models
+from vidsim.stages import run as run_folder
 
 FLAGS = flags.FLAGS
 FORMATS = ("safetensors",)
@@ -22,8 +23,8 @@ def define_flags() -> None:
 def main() -> dict:
     if pathlib.Path(FLAGS.out).exists():
         raise InputError(f"--out={FLAGS.out} exists; choose a new folder or delete it")
-    run = stages.open_folder(FLAGS.run)
-    loaded = stages.load_models(run, FLAGS.weights)
+    run = run_folder.open_folder(FLAGS.run)
+    loaded = run_folder.load_models(run, FLAGS.weights)
     about = {
         "name": run.config["name"],
         "weights": FLAGS.weights,

@@ -1,7 +1,7 @@
 """All stages of an experiment in order, each skipped when its output is complete."""
 
-from vidsim import stages
 from vidsim.cli import experiment
+from vidsim.stages import walk
 
 
 def define_flags() -> None:
@@ -9,4 +9,4 @@ def define_flags() -> None:
 
 
 def main() -> dict:
-    return stages.run_all(experiment.open_run())
+    return walk.run_all(experiment.open_run())

@@ -8,9 +8,10 @@ import pathlib
 
 from absl import flags
 
-from vidsim import compiling, config, files, stages
+from vidsim import compiling, config, files
 from vidsim.export import models as exported
 from vidsim.sampling import generate, modes
+from vidsim.stages import run as run_folder
 
 FLAGS = flags.FLAGS
 DIRECTIONS = ("forward",)
@@ -51,9 +52,9 @@ def _load(folder: str) -> tuple[generate.Models, modes.Config]:
     if (pathlib.Path(folder) / "model.json").is_file():
         about = files.read_json(pathlib.Path(folder) / "model.json")
         return exported.load(folder), config.build(modes.Config, about["sample"])
-    run = stages.open_folder(folder)
+    run = run_folder.open_folder(folder)
     compiling.cache_in(run.path("compiled"))
-    return stages.load_models(run, FLAGS.weights), run.sample
+    return run_folder.load_models(run, FLAGS.weights), run.sample
 
 
 def main() -> dict:

@@ -2,8 +2,8 @@
 
 from absl import flags
 
-from vidsim import stages
 from vidsim.cli import experiment
+from vidsim.stages import walk
 
 FLAGS = flags.FLAGS
 MODELS = ("tokenizer", "vae", "dit")
@@ -15,4 +15,4 @@ def define_flags() -> None:
 
 
 def main() -> dict:
-    return stages.do(experiment.open_run(), FLAGS.model)
+    return walk.do(experiment.open_run(), FLAGS.model)

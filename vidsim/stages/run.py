@@ -1,0 +1,224 @@
+"""A work folder and its experiment: what every stage reads."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from vidsim import config as configs
+from vidsim import files
+from vidsim.data import buckets, latents, packing, pipeline, prepare
+from vidsim.data.records import Shards
+from vidsim.data.sources import Clips
+from vidsim.diffusion import conditions, time_sampling
+from vidsim.errors import InputError
+from vidsim.export import models as exported
+from vidsim.models import dit, vae
+from vidsim.parallel import mesh as meshes
+from vidsim.sampling import generate, modes
+from vidsim.text import encoder, tokenizer
+from vidsim.training import loop, objectives, optimizer
+from vidsim.worlds import physics as world
+
+
+class Run:
+    """A work folder and its experiment, each section as the dataclass of its module.
+
+    Raises:
+      InputError: a section, a key or a value of the experiment is wrong; the folder belongs to
+        another experiment.
+    """
+
+    def __init__(self, config, workdir: str):
+        self.config = config
+        self.workdir = pathlib.Path(workdir)
+        build = configs.build
+        build(Experiment, config, where="config")
+        build(VAESection, config["vae"], where="vae")
+        build(DiTSection, config["dit"], where="dit")
+        self.seed = config["seed"]
+        self.world = build(world.Config, config["world"], where="world")
+        self.data = build(Data, config["data"], where="data")
+        self.pipeline = build(pipeline.Config, config["pipeline"], where="pipeline")
+        self.tokenizer = build(Tokenizer, config["tokenizer"], where="tokenizer")
+        self.mesh_config = build(meshes.Config, config["mesh"], where="mesh")
+        self.sample = build(modes.Config, config["sample"], where="sample")
+        self.evaluation = build(Evaluation, config["evaluation"], where="evaluation")
+        self.report = build(Report, config["report"], where="report")
+        self.latents = build(latents.Config, config["latents"], where="latents")
+        self.vae = build(vae.Config, config["vae"]["model"], where="vae.model")
+        self.buckets = build(buckets.Config, config["vae"]["buckets"], where="vae.buckets")
+        self.dit = build(dit.Config, config["dit"]["model"], where="dit.model")
+        self.text = build(encoder.Config, config["dit"]["text"], where="dit.text")
+        self.times = build(time_sampling.Config, config["dit"]["times"], where="dit.times")
+        self.pack = build(packing.Config, config["dit"]["pack"], where="dit.pack")
+        self.conditions = build(
+            conditions.Config, config["dit"]["conditions"], where="dit.conditions"
+        )
+        self.losses = {
+            "vae": build(objectives.VAELoss, config["vae"]["loss"], where="vae.loss"),
+            "dit": build(objectives.DiTLoss, config["dit"]["loss"], where="dit.loss"),
+        }
+        self.optimizers, self.loops = {}, {}
+        for name in ("vae", "dit"):
+            self.optimizers[name] = build(
+                optimizer.Config, config[name]["optimizer"], where=f"{name}.optimizer"
+            )
+            self.loops[name] = build(loop.Config, config[name]["loop"], where=f"{name}.loop")
+
+    def path(self, *parts: str) -> pathlib.Path:
+        return self.workdir.joinpath(*parts)
+
+    def claim_folder(self) -> None:
+        """Writes config.json, or checks that the folder belongs to this experiment."""
+        path = self.path("config.json")
+        if path.exists():
+            different = configs.difference(files.read_json(path), self.config)
+            if different:
+                raise InputError(
+                    f"{self.workdir} was started with another config ({different}); "
+                    "use a new --workdir, or the old value"
+                )
+        else:
+            if self.data.input:  # A wrong path must not claim the folder.
+                prepare.list_files(pathlib.Path(self.data.input))
+            files.write_json(path, self.config)
+
+    @functools.cached_property
+    def mesh(self):
+        return meshes.make(self.mesh_config)
+
+    @functools.cached_property
+    def shards(self) -> Shards:
+        return Shards(self.path("shards"))
+
+    @functools.cached_property
+    def clips(self) -> Clips:
+        return Clips(self.shards, cache_megabytes=self.data.cache_megabytes)
+
+    @functools.cached_property
+    def truth(self) -> dict[str, dict]:
+        """True objects by source; empty for a folder of real videos."""
+        path = self.path("world", "truth.jsonl")
+        rows = files.read_jsonl(path) if not self.data.input and path.exists() else []
+        return {row["file"]: row for row in rows}
+
+    def words(self) -> tokenizer.Tokenizer:
+        return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.tokenizer.max_tokens)
+
+
+def open_folder(workdir: str) -> Run:
+    """The run in a work folder, by the config that it holds.
+
+    Raises:
+      InputError: the folder holds no run.
+    """
+    path = pathlib.Path(workdir, "config.json")
+    if not path.is_file():
+        raise InputError(f"{workdir} holds no run; give the --workdir of `vidsim run`")
+    return Run(files.read_json(path), workdir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The sections of an experiment file."""
+
+    name: str
+    seed: int
+    mesh: Mapping
+    world: Mapping
+    data: Mapping
+    pipeline: Mapping
+    tokenizer: Mapping
+    vae: Mapping
+    latents: Mapping
+    dit: Mapping
+    sample: Mapping
+    evaluation: Mapping
+    report: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class VAESection:
+    model: Mapping
+    loss: Mapping
+    buckets: Mapping
+    optimizer: Mapping
+    loop: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTSection:
+    model: Mapping
+    text: Mapping
+    loss: Mapping
+    times: Mapping
+    conditions: Mapping
+    text_dropout: float
+    pack: Mapping
+    optimizer: Mapping
+    loop: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    input: str
+    validation_share: float
+    max_seconds: float
+    cache_megabytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    vocabulary: int
+    max_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    batches: int
+    times: tuple[float, ...]
+    vae_clips: int
+    physics_clips: int
+    physics_frames: int
+    guidance_scale: float
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    prompts: tuple[str, ...]
+    seed: int
+
+
+def vae_only(run: Run, params, statistics=None) -> generate.Models:
+    """Models that can encode and decode but not sample."""
+    channels = run.vae.latent_channels
+    whole = vae.Statistics(np.zeros(channels, np.float32), np.ones(channels, np.float32))
+    return generate.Models(
+        vae=run.vae,
+        vae_params=params,
+        statistics=statistics or whole,
+        dit=run.dit,
+        text=run.text,
+        dit_params=None,
+        times=run.times,
+        tokenizer=None,
+    )
+
+
+def load_vae(run: Run, weights: str = "ema") -> generate.Models:
+    statistics = exported.statistics_from(run.path("vae", "latent_statistics.json"))
+    folder = run.path("vae", "checkpoints")
+    params = exported.restore(folder, exported.abstract_vae(run.vae), weights)
+    return vae_only(run, params, statistics)
+
+
+def load_models(run: Run, weights: str = "ema") -> generate.Models:
+    """The trained models of a run, from its newest checkpoints."""
+    values = exported.patch_values(run.vae, run.dit)
+    abstract = exported.abstract_dit(run.dit, run.text, values)
+    params = exported.restore(run.path("dit", "checkpoints"), abstract, weights)
+    return dataclasses.replace(load_vae(run, weights), dit_params=params, tokenizer=run.words())

@@ -1,0 +1,176 @@
+"""What a run shows: samples at training steps and of every mode, numbers, the report."""
+
+import dataclasses
+
+import numpy as np
+
+from vidsim import files
+from vidsim.data import buckets, latents, video
+from vidsim.evaluation import evaluator, physics, report
+from vidsim.parallel import multihost
+from vidsim.sampling import generate, modes
+from vidsim.stages.run import Run, load_models, load_vae
+
+
+def vae_plan(run: Run, limit: int) -> list[tuple[int, int, int, int]]:
+    """(record, frames, height, width) of held-out clips, whole latents, at trained sizes."""
+    plan = []
+    for record in evaluator.held_out(run.clips.index)[:limit]:
+        row = run.clips.index[record]
+        window = latents.windows_of([row], run.latents, run.vae.compression[0])[0]
+        plan.append((record, window.frames, window.height, window.width))
+    return plan
+
+
+def _template(run: Run, **changes) -> dict:
+    fields = {
+        "steps": run.sample.steps,
+        "guidance_scale": run.sample.guidance_scale,
+        "solver": run.sample.solver,
+    }
+    return {**fields, **changes}
+
+
+def prompts(run: Run) -> list[str]:
+    """The fixed prompts: of the experiment, or the first held-out captions of other data."""
+    if not run.data.input:
+        return list(run.report.prompts)
+    rows = [run.clips.index[record] for record in evaluator.held_out(run.clips.index)]
+    captions = [row["captions"][0][0] for row in rows if row["captions"]]
+    return [*captions, ""][: len(run.report.prompts)]
+
+
+def text_request(run: Run, prompt: str, seed: int, size, frames: int) -> generate.Request:
+    return generate.Request(
+        mode="text",
+        prompt=prompt,
+        seed=seed,
+        width=size[0],
+        height=size[1],
+        frames=frames,
+        fps=run.sample.fps,
+        **_template(run),
+    )
+
+
+def sample_step(run: Run, train_state, step_number: int):
+    """An evaluator that yields no number: samples the fixed prompts at this training step."""
+    params = multihost.fetch(train_state.ema)
+    loaded = load_vae(run)
+    if multihost.is_main():
+        models = dataclasses.replace(loaded, dit_params=params, tokenizer=run.words())
+        requests = [
+            text_request(run, prompt, run.report.seed, run.sample.sizes[0], run.sample.frames)
+            for prompt in prompts(run)
+        ]
+        folder = run.path("samples", f"step_{step_number:06d}")
+        paths = [str(folder / f"{number:02d}") for number in range(len(requests))]
+        modes.write(models, requests, paths, cars=[{"step": step_number}] * len(requests))
+    yield from ()
+
+
+def sample_modes(run: Run) -> dict:
+    """One sample of every mode, of every size, for the report."""
+    models = load_models(run)
+    return multihost.run_once(lambda: _sample_modes(run, models), "samples")
+
+
+def _sample_modes(run: Run, models: generate.Models) -> dict:
+    folder, inputs = run.path("samples", "final"), run.path("samples", "inputs")
+    texts = prompts(run)
+    number = 0
+
+    def name(mode: str) -> str:
+        nonlocal number
+        number += 1
+        return str(folder / f"{number:02d}_{mode}")
+
+    for place, size in enumerate(run.sample.sizes):
+        text = texts[place % len(texts)]
+        request = text_request(run, text, run.report.seed + 1, size, run.sample.frames)
+        modes.write(models, [request], [name("text")], cars=[{}])
+    size = run.sample.sizes[-1]
+    request = text_request(run, texts[0], run.report.seed, size, 1)
+    modes.write(models, [request], [name("text")], cars=[{}])
+
+    long_enough = evaluator.held_out(run.clips.index, frames=run.sample.given_frames)
+    for place, record in enumerate(long_enough[:2]):
+        row = run.clips.index[record]
+        width, height = buckets.nearest_size(row["width"], row["height"], run.sample.sizes)
+        mode = ("animate", "extend")[place]
+        count = (1, run.sample.given_frames)[place]
+        given = run.clips.window(record, 0, count, height, width)
+        made_from = inputs / f"{mode}{'.png' if count == 1 else '.mp4'}"
+        if count == 1:
+            video.write_image(made_from, given[0])
+        else:
+            video.write_video(made_from, given, row["fps"])
+        prompt = row["captions"][0][0] if row["captions"] else ""
+        request = dataclasses.replace(
+            text_request(run, prompt, run.report.seed, (width, height), run.sample.frames),
+            mode=mode,
+            given_THWC=given,
+            fps=row["fps"],
+        )
+        car = {"input": str(made_from.relative_to(run.workdir)), "source": row["source"]}
+        modes.write(models, [request], [name(mode)], cars=[car])
+    return {"samples": number}
+
+
+def evaluate(run: Run) -> dict:
+    """The numbers of the report and the videos behind them."""
+    models = load_models(run)
+    return multihost.run_once(lambda: _evaluate(run, models), "evaluate")
+
+
+def _evaluate(run: Run, models: generate.Models) -> dict:
+    settings = run.evaluation
+    plan = vae_plan(run, settings.vae_clips)
+    results = {"vae": evaluator.vae_quality(models, run.clips, run.truth, plan), "physics": None}
+    for place, (record, *size) in enumerate([entry for entry in plan if entry[1] > 1][:3]):
+        real = run.clips.window(record, 0, *size)
+        made = evaluator.reconstruct(models, real[None])[0]
+        error = np.mean(np.square(real.astype(float) - made.astype(float)))
+        stem, fps = run.path("samples", "vae", f"{place:02d}"), run.clips.index[record]["fps"]
+        video.write_video(f"{stem}_real.mp4", real, fps)
+        video.write_video(f"{stem}_reconstructed.mp4", made, fps)
+        files.write_json(f"{stem}.json", {"psnr_db": evaluator.psnr_db(error)})
+    cases = evaluator.physics_requests(
+        run.clips,
+        run.truth,
+        frames=settings.physics_frames,
+        given_frames=run.sample.given_frames,
+        limit=settings.physics_clips,
+        template=_template(run, guidance_scale=settings.guidance_scale),
+    )
+    if cases:
+        rows, videos = evaluator.physics_rows(
+            models, cases, given_frames=run.sample.given_frames, batch=settings.batch
+        )
+        if rows:
+            given = {"given_frames": run.sample.given_frames}
+            results["physics"] = physics.summarise(rows) | given
+        for place, row in enumerate(rows[:6]):
+            request, real, known = cases[row["case"]]
+            stem = run.path("samples", "physics", f"{place:02d}")
+            video.write_video(f"{stem}_real.mp4", real, request.fps)
+            video.write_video(f"{stem}_extended.mp4", videos[row["case"]], request.fps)
+            files.write_json(
+                f"{stem}.json",
+                {
+                    "source": known["file"],
+                    "caption": request.prompt,
+                    "kind": row["kind"],
+                    "velocity_error": row["velocity_error"],
+                    "frozen": row["frozen"],
+                    "given_frames": run.sample.given_frames,
+                },
+            )
+    files.write_json(run.path("evaluation.json"), results)
+    return results
+
+
+def write_report(run: Run) -> dict:
+    path = run.path("report.html")
+    multihost.run_once(lambda: str(report.write(run.workdir, path)), "report")
+    return {"report": str(path)}
