@@ -14,6 +14,8 @@ from vidsim import files, trees
 from vidsim.data import video
 from vidsim.export import models
 from vidsim.sampling import generate
+from vidsim.stages import run as run_folder
+from vidsim.stages import showing
 
 STEPS = 6
 
