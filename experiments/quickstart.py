@@ -42,7 +42,6 @@ def get_config() -> ConfigDict:
                 "cache_megabytes": 512.0,
             },
             "pipeline": {"threads": 2, "prefetch": 4, "workers": 0, "seed": 0},
-            "tokenizer": {"vocabulary": 256, "max_tokens": 24},
             "vae": {
                 "model": {
                     "latent_channels": 16,
@@ -115,21 +114,21 @@ def get_config() -> ConfigDict:
                     "adam_learning_rate": 2e-3,
                     "weight_decay": 0.1,
                     "warmup_steps": 20,
-                    "decay_steps": 380,
+                    "decay_steps": 430,
                     "clip_norm": 1.0,
-                    "ema_sigma_rel": 0.05,
+                    "ema_sigma_rel": 0.02,
                 },
                 "loop": {
-                    "steps": 620,
+                    "steps": 700,
                     "log_every": 10,
                     "checkpoint_every": 100,
-                    "evaluate_every": 155,
+                    "evaluate_every": 175,
                 },
             },
             "sample": {
                 "frames": 17,
                 "fps": 10.0,
-                "steps": 12,
+                "steps": 16,
                 "guidance_scale": 3.0,
                 "solver": "euler",
                 "given_frames": 5,
@@ -141,7 +140,7 @@ def get_config() -> ConfigDict:
                 "vae_clips": 24,
                 "physics_clips": 24,
                 "physics_frames": 17,
-                "guidance_scale": 1.0,
+                "guidance_scale": 1.5,
                 "batch": 8,
             },
             # Sampled at every evaluation of the transformer: the same prompts, the same seeds.

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -40,6 +42,39 @@ def test_a_file_replaces_a_file_and_a_folder_a_folder(tmp_path):
     for text in ("one", "two"):
         files.write_text(tmp_path / "file", text)
     assert (tmp_path / "file").read_text() == "two"
+
+
+def test_what_a_killed_process_left_is_removed_but_nothing_else(tmp_path):
+    program = (
+        "import os, pathlib, signal, sys; from vidsim import files\n"
+        "with files.atomic_path(sys.argv[1]) as part:\n"
+        "    part.mkdir() if part.suffix == '' else part.write_text('half')\n"
+        "    if part.is_dir(): (part / 'inside').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for name in ("clip.mp4", "folder"):
+        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        root = os.path.dirname(os.path.dirname(files.__file__))
+        process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
+        process.wait()
+        dead, suffix = process.pid, os.path.splitext(name)[1]
+        stem = name.removesuffix(suffix)
+        left = f".{stem}.{dead}.part{suffix}"
+        assert os.listdir(tmp_path) == [left]
+        kept = {
+            f".{stem}.{os.getppid()}.part{suffix}",  # of a living process
+            f".{stem}.{10**30}.part{suffix}",  # of no process at all
+            f".{stem}.{dead}.part.other",  # of other targets
+            f".{stem}2.{dead}.part{suffix}",
+            f".x.{stem}.{dead}.part{suffix}",
+            f"{stem}.{dead}.part{suffix}",
+        }
+        for other in kept:
+            (tmp_path / other).write_text("kept")
+        files.write_text(tmp_path / name, "whole")
+        assert set(os.listdir(tmp_path)) == kept | {name}
+        for other in kept | {name}:
+            (tmp_path / other).unlink()
 
 
 def test_json_comes_back(tmp_path):

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     model.channels = (8,) * (len(model.channels) - 1) + (16,)
     model.encoder_blocks = (0,) * (len(model.channels) - 1) + (1,)
     model.decoder_blocks = model.encoder_blocks
-    config.vae.buckets.update(sizes=SIZES, frames=(1, 5), batch_frames=20)
+    config.vae.buckets.update(sizes=SIZES, frames=(1, 5), batch_frames=40)
     config.latents.update(sizes=SIZES, max_frames=13, batch_frames=39)
 
     config.dit.model.update(width=32, depth=2, heads=2, mlp_hidden=64, unroll=1)

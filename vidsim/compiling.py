@@ -6,7 +6,7 @@ import jax
 
 
 def cache_in(folder: str | os.PathLike) -> None:
-    """Keeps compiled programs in `folder`, whatever their size."""
+    """Keeps programs that take over a second to compile in `folder`."""
     # The path is part of a program's key: however it is written, it must be the same.
     jax.config.update("jax_compilation_cache_dir", os.path.realpath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

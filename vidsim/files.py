@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 
@@ -13,9 +14,11 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling of `path`; renamed to `path` on success, removed on error.
 
     The caller may create a file or a folder there. An existing file is replaced; so is a folder.
+    What killed processes left of writing the same `path` is removed first.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(path)
     # The suffix stays last, because encoders choose the container by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
@@ -30,6 +33,29 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             shutil.rmtree(temporary)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path: pathlib.Path) -> None:
+    begin = f".{path.stem}."
+    name = re.compile(rf"{re.escape(begin)}(\d+)\.part{re.escape(path.suffix)}")
+    for entry in os.listdir(path.parent):
+        # Most folders hold many names and none of these: compare before matching.
+        if not entry.startswith(begin) or not (match := name.fullmatch(entry)):
+            continue
+        if not _is_alive(int(match[1])):
+            stale = path.with_name(entry)
+            with contextlib.suppress(OSError):  # another process removes it too, or it must stay
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; no number of a process
+        pass
+    return True
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

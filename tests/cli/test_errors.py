@@ -121,6 +121,25 @@ def test_missing_config_file(vidsim, tmp_path):
     ended = vidsim("run", f"--config={path}", f"--workdir={workdir}")
     refused(ended, f"no config file {path}", "give an experiment")
     assert not workdir.exists()
+    ended = vidsim("run", "--config", path, f"--workdir={workdir}")
+    refused(ended, f"no config file {path}", "give an experiment")
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("below", ["", "/run"])
+@pytest.mark.parametrize("verb", ["run", "worlds", "prepare", "sample", "export"])
+def test_a_file_where_the_output_is_to_be(vidsim, config, tmp_path, verb, below):
+    path = tmp_path / "notes.txt"
+    path.write_text("mine")
+    name = "workdir" if verb == "run" else "out"
+    others = {
+        "prepare": f"--input={tmp_path}",
+        "sample": f"--run={tmp_path}",
+        "export": f"--run={tmp_path}",
+    }
+    ended = vidsim(verb, others.get(verb, f"--config={config}"), f"--{name}={path}{below}")
+    refused(ended, f"--{name}={path}{below}", "is a file", "choose another")
+    assert path.read_text() == "mine"
 
 
 def test_wrong_key_of_the_world(vidsim, changed, tmp_path):

@@ -56,11 +56,13 @@ def test_a_clip_goes_to_the_longest_bucket_that_it_fills():
     assert [b.batch for b in found] == [6, 4, 2]
 
 
-def test_batches_split_evenly_over_devices():
+def test_batches_that_do_not_divide_over_devices_are_refused_and_others_do_not_change():
     index = [row(n, 64, 48, frames) for n, frames in enumerate([1, 9, 17])]
-    for devices in (1, 3, 4, 8):
-        for bucket in buckets.assign(index, "train", CONFIG, devices=devices):
-            assert bucket.batch % devices == 0 and bucket.batch > 0
+    assert buckets.assign(index, "train", CONFIG, devices=2) == buckets.assign(
+        index, "train", CONFIG, devices=1
+    )
+    with pytest.raises(InputError, match=r"batch of 6 .* does not divide over 4 devices"):
+        buckets.assign(index, "train", CONFIG, devices=4)
 
 
 def test_splits_are_kept_apart():

@@ -172,6 +172,58 @@ def test_captions_are_checked_before_any_work(tmp_path):
         assert not out.exists()
 
 
+def test_a_caption_may_hold_every_character(tmp_path):
+    """A row ends at a newline only, although Unicode knows more ends of lines."""
+    text = "one\u2028two\u2029three\x85four"
+    write_jsonl(tmp_path / "captions.jsonl", [{"file": "a.mp4", "caption": text}] * 2)
+    captions = prepare.read_captions(tmp_path, ["a.mp4"], ["captions.jsonl"])
+    assert captions == {"a.mp4": ((text, "given"),) * 2}
+
+
+def test_captions_that_cannot_be_read_are_named(tmp_path):
+    folder = tmp_path / "in"
+    video.write_video(folder / "a.mp4", frames(), 8)
+    row = '{"file": "a.mp4", "caption": "größe"}\n'
+    (folder / "captions.jsonl").write_bytes(row.encode() + row.encode("latin-1"))
+    place = len(row.encode()) + row.index("ö")
+    message = rf"captions\.jsonl line 2 is not UTF-8: byte 0xf6 at offset {place} .*; save"
+    with pytest.raises(InputError, match=message):
+        run(folder, tmp_path / "out")
+    (folder / "captions.jsonl").unlink()
+    (folder / "captions.jsonl").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"captions\.jsonl cannot be read: No such file"):
+        run(folder, tmp_path / "out")
+
+
+def test_input_is_checked_as_preparing_does_but_nothing_is_decoded_or_written(
+    source, prepared, tmp_path, monkeypatch
+):
+    for name in ("probe", "check", "read_frames"):
+        monkeypatch.setattr(video, name, None)
+    config = prepare.Config(str(source), str(tmp_path / "out"))
+    assert prepare.check_input(config) is None
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty").mkdir()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.mp4").write_bytes(b"not looked at")
+    write_jsonl(bad / "captions.jsonl", [{"file": "b.mp4", "caption": "x"}])
+    for changes, message in [
+        ({"input": str(tmp_path / "nowhere")}, "does not exist"),
+        ({"input": str(source / "b.mp4")}, "is a file"),
+        ({"input": str(tmp_path / "empty")}, "holds no video or image"),
+        ({"input": str(bad)}, "which is no file beside it"),
+        ({"out": str(source / "a")}, "lie within each other"),
+        ({"out": str(source.parent)}, "lie within each other"),
+        ({"out": str(prepared)}, "another config"),
+        ({"max_seconds": 0.0}, "max_seconds"),
+    ]:
+        wrong = prepare.dataclasses.replace(config, **changes)
+        for function in (prepare.check_input, prepare.prepare):
+            with pytest.raises(InputError, match=message):
+                function(wrong)
+
+
 def test_wrong_folders_and_settings_are_named(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out")
@@ -229,6 +281,14 @@ def test_two_files_reach_both_splits(share):
     splits = prepare.split_sources(["a.mp4", "b.mp4"], share)
     assert sorted(splits.values()) == ["train", "validation"]
     assert set(prepare.split_sources(["a.mp4", "b.mp4"], 0.0).values()) == {"train"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
+def test_there_is_always_something_to_train_on(share):
+    for i in range(50):
+        assert prepare.split_sources([f"{i}.mp4"], share) == {f"{i}.mp4": "train"}
+        assert "train" in prepare.split_sources([f"{i}.mp4", f"{i}.png"], share).values()
+    assert prepare.split_sources([], share) == {}
 
 
 def test_clips_of_a_file_are_in_one_split(prepared):

@@ -1,5 +1,6 @@
 import fractions
 import io
+import tracemalloc
 
 import av
 import numpy as np
@@ -314,6 +315,39 @@ def test_fit_is_the_mean_over_areas_and_leaves_fitting_videos_alone():
     assert np.abs(video.fit(video_THWC, 8, 12) - means).max() <= 1  # rounding
     for height, width in ((1, 1), (5, 3), (48, 64), (7, 100)):
         assert video.fit(video_THWC, height, width).shape == (2, height, width, 3)
+
+
+@pytest.mark.parametrize("kind", ["video", "rotated", "png", "gif"])
+@pytest.mark.parametrize("size", [(12, 16), (20, 10), (48, 64), (100, 90)])
+def test_reading_at_a_size_is_reading_and_fitting(kind, size):
+    if kind in ("png", "gif"):
+        first, *rest = map(Image.fromarray, bars(6))
+        more = {"save_all": True, "append_images": rest, "duration": 100} if kind == "gif" else {}
+        first.save(file := io.BytesIO(), kind, **more)
+        data = file.getvalue()
+    else:
+        data = encode(bars(6), rotation=90 if kind == "rotated" else None)
+    parts = [{}] if kind == "png" else [{}, {"start": 2, "count": 3}, {"fps": 15, "within": (1, 4)}]
+    for part in parts:
+        expected = video.fit(video.read_frames(data, **part), *size)
+        np.testing.assert_array_equal(video.read_frames(data, **part, size=size), expected)
+
+
+@pytest.mark.parametrize("kind", ["video", "gif"])
+def test_reading_at_a_size_does_not_hold_the_whole_video_at_its_own(kind):
+    video_THWC = bars(20, height=240, width=320)
+    if kind == "gif":
+        first, *rest = map(Image.fromarray, video_THWC)
+        first.save(file := io.BytesIO(), "gif", save_all=True, append_images=rest)
+        data = file.getvalue()
+    else:
+        data = encode(video_THWC)
+    tracemalloc.start()
+    try:
+        assert video.read_frames(data, size=(24, 32)).shape == (20, 24, 32, 3)
+        assert tracemalloc.get_traced_memory()[1] < video_THWC.nbytes / 2
+    finally:
+        tracemalloc.stop()
 
 
 def test_fit_crops_the_centre_as_little_as_possible():

@@ -95,3 +95,14 @@ def test_saved_loaded_and_pickled_tokenizers_are_equal(words, tmp_path):
 def test_a_missing_tokenizer_is_named_with_its_remedy(tmp_path):
     with pytest.raises(InputError, match=r"no tokenizer at .*x\.model; run `vidsim train"):
         tokenizer.load(tmp_path / "x.model", max_tokens=24)
+
+
+def test_more_characters_than_the_vocabulary_has_room_for():
+    text = "".join(chr(0x4E00 + i) for i in range(500))
+    with pytest.raises(InputError, match=r"vocabulary=64 .*tokenizer\.vocabulary to \d+") as raised:
+        tokenizer.train([text], vocabulary=64, max_tokens=512)
+    enough = int(str(raised.value).split(" or more")[0].split()[-1])
+    found = tokenizer.train([text], vocabulary=enough, max_tokens=512)
+    assert found.decode(found.encode(text)) == text
+    with pytest.raises(InputError):
+        tokenizer.train([text], vocabulary=enough - 1, max_tokens=512)

@@ -21,8 +21,7 @@ def define_flags() -> None:
 
 
 def open_run() -> Run:
-    """Joins the other processes, if any, and opens the work folder."""
-    multihost.initialize()
+    """Opens the work folder, for all processes of the run."""
     # Tuples become lists, so that this config equals the one that is read back.
     config = json.loads(json.dumps(FLAGS.config.to_dict()))
     run = Run(config, FLAGS.workdir)

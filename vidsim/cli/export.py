@@ -7,6 +7,7 @@ from absl import flags
 from vidsim import files
 from vidsim.errors import InputError
 from vidsim.export import models
+from vidsim.parallel import multihost
 from vidsim.stages import run as run_folder
 
 FLAGS = flags.FLAGS
@@ -20,16 +21,26 @@ def define_flags() -> None:
     flags.DEFINE_enum("weights", "ema", models.WEIGHTS, "Averaged or last weights.")
 
 
-def main() -> dict:
+def _check_new() -> None:
     if pathlib.Path(FLAGS.out).exists():
         raise InputError(f"--out={FLAGS.out} exists; choose a new folder or delete it")
+
+
+def main() -> dict:
+    # Asked once: a slower process would see what a faster one has written.
+    multihost.run_once(_check_new, "export/check")
     run = run_folder.open_folder(FLAGS.run)
+    # Every process loads, as Orbax wants; one of them writes.
     loaded = run_folder.load_models(run, FLAGS.weights)
-    about = {
-        "name": run.config["name"],
-        "weights": FLAGS.weights,
-        "sample": run.config["sample"],
-    }
-    models.save(loaded, FLAGS.out, about=about)
-    facts = files.read_json(pathlib.Path(FLAGS.out) / "model.json")
-    return {"out": FLAGS.out, "weights": FLAGS.weights, "parameters": facts["parameters"]}
+
+    def work() -> dict:
+        about = {
+            "name": run.config["name"],
+            "weights": FLAGS.weights,
+            "sample": run.config["sample"],
+        }
+        models.save(loaded, FLAGS.out, about=about)
+        facts = files.read_json(pathlib.Path(FLAGS.out) / "model.json")
+        return {"out": FLAGS.out, "weights": FLAGS.weights, "parameters": facts["parameters"]}
+
+    return multihost.run_once(work, "export")

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import os
+import pathlib
 import re
 import sys
 
@@ -44,7 +45,8 @@ def parse(verb: str, arguments: list[str]):
     """The verb's module, with its flags parsed.
 
     Raises:
-      InputError: an unknown verb or flag, a config file or key that is not there.
+      InputError: an unknown verb or flag, a config file or key that is not there, a file where
+        the output is to be.
     """
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, n=1)
@@ -52,9 +54,10 @@ def parse(verb: str, arguments: list[str]):
         raise InputError(f"unknown verb {verb!r}; {remedy}")
     module = importlib.import_module(f"vidsim.cli.{verb}")
     module.define_flags()
-    for argument in arguments:
-        path = argument.removeprefix("--config=")
-        if path != argument and not os.path.isfile(path):
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        name, equals, path = argument.partition("=")
+        path = path if equals else following
+        if name in ("--config", "-config") and path is not None and not os.path.isfile(path):
             raise InputError(f"no config file {path}; give an experiment such as experiments/*.py")
     try:
         rest = flags.FLAGS([f"vidsim {verb}", *arguments])
@@ -72,7 +75,18 @@ def parse(verb: str, arguments: list[str]):
         raise InputError(f"{reason}; `vidsim {verb} --help` lists the flags") from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}; flags are --name=value")
+    for name in {"workdir", "out"} & set(flags.FLAGS):
+        check_place(name, flags.FLAGS[name].value)
     return module
+
+
+def check_place(name: str, value: str) -> None:
+    """Raises InputError where a file stands at the path of flag `name`, or on the way to it."""
+    for path in (pathlib.Path(value), *pathlib.Path(value).parents):
+        if os.path.exists(path):
+            if not os.path.isdir(path):
+                raise InputError(f"--{name}={value}: {path} is a file; choose another path")
+            return
 
 
 def execute(arguments: list[str]) -> int:
@@ -91,6 +105,9 @@ def execute(arguments: list[str]) -> int:
         # The libraries below tell much that is not the user's business.
         absl_logging.set_verbosity(absl_logging.WARNING)
         logging.getLogger("jax").setLevel(logging.ERROR)
+        from vidsim.parallel import multihost  # Here, because help needs no jax.
+
+        multihost.initialize()
         print(json.dumps(module.main()), flush=True)
     except InputError as error:
         return fail(" ".join(str(error).split()), BAD_INPUT)

@@ -5,6 +5,7 @@ import dataclasses
 from absl import flags
 
 from vidsim.data import prepare
+from vidsim.parallel import multihost
 
 FLAGS = flags.FLAGS
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(prepare.Config)}
@@ -22,11 +23,10 @@ def define_flags() -> None:
 
 
 def main() -> dict:
-    return prepare.prepare(
-        prepare.Config(
-            input=FLAGS.input,
-            out=FLAGS.out,
-            validation_share=FLAGS.validation_share,
-            max_seconds=FLAGS.max_seconds,
-        )
+    chosen = prepare.Config(
+        input=FLAGS.input,
+        out=FLAGS.out,
+        validation_share=FLAGS.validation_share,
+        max_seconds=FLAGS.max_seconds,
     )
+    return multihost.run_once(lambda: prepare.prepare(chosen), "prepare")

@@ -9,7 +9,9 @@ import pathlib
 from absl import flags
 
 from vidsim import compiling, config, files
+from vidsim.errors import InputError
 from vidsim.export import models as exported
+from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
 from vidsim.stages import run as run_folder
 
@@ -42,27 +44,42 @@ def _flags() -> dict:
     """The flags by name; None where the user said nothing, so that a side-car can."""
     names = (*(f.name for f in dataclasses.fields(modes.Config) if f.name != "sizes"),)
     names += ("run", "request", "mode", "prompt", "image", "video", "seed", "width", "height")
-    return {name: FLAGS[name].value if FLAGS[name].present else None for name in names} | {
-        "weights": FLAGS.weights
-    }
+    names += ("weights",)
+    return {name: FLAGS[name].value if FLAGS[name].present else None for name in names}
 
 
-def _load(folder: str) -> tuple[generate.Models, modes.Config]:
-    """Models and sampling defaults of a run or of an exported folder."""
+def _load(folder: str, weights: str | None) -> tuple[generate.Models, modes.Config, str]:
+    """Models and sampling defaults of a run or of an exported folder, and which weights they are.
+
+    Raises:
+      InputError: neither a run nor an exported folder, or one of other weights.
+    """
     if (pathlib.Path(folder) / "model.json").is_file():
         about = files.read_json(pathlib.Path(folder) / "model.json")
-        return exported.load(folder), config.build(modes.Config, about["sample"])
+        held = about["weights"]
+        if weights and weights != held:
+            raise InputError(
+                f"weights={weights}, but {folder} holds the {held} weights alone; "
+                f"use --weights={held}, or --run with the run that it was exported from"
+            )
+        return exported.load(folder), config.build(modes.Config, about["sample"]), held
+    weights = weights or "ema"
     run = run_folder.open_folder(folder)
     compiling.cache_in(run.path("compiled"))
-    return run_folder.load_models(run, FLAGS.weights), run.sample
+    return run_folder.load_models(run, weights), run.sample, weights
 
 
 def main() -> dict:
     choice = modes.from_flags(_flags())
-    loaded, defaults = _load(choice["run"])
-    request, before = modes.request(choice, defaults)
-    generate.check(loaded, request)
-    car = {key: choice[key] for key in ("run", "image", "video", "weights")}
-    modes.write(loaded, [request], [FLAGS.out], cars=[car], before=[before])
-    ending = ".png" if request.frames == 1 else ".mp4"
-    return {"out": FLAGS.out + ending, "prompt": request.prompt, "seed": request.seed}
+    # Every process loads, as Orbax wants; one of them samples and writes.
+    loaded, defaults, weights = _load(choice["run"], choice["weights"])
+
+    def work() -> dict:
+        request, before = modes.request(choice, defaults, stride=loaded.vae.compression[0])
+        generate.check(loaded, request)
+        car = {key: choice[key] for key in ("run", "image", "video")} | {"weights": weights}
+        modes.write(loaded, [request], [FLAGS.out], cars=[car], before=[before])
+        ending = ".png" if request.frames == 1 else ".mp4"
+        return {"out": FLAGS.out + ending, "prompt": request.prompt, "seed": request.seed}
+
+    return multihost.run_once(work, "sample")

@@ -5,6 +5,7 @@ from ml_collections import config_flags
 
 from vidsim.config import build
 from vidsim.errors import InputError
+from vidsim.parallel import multihost
 from vidsim.worlds import physics
 
 FLAGS = flags.FLAGS
@@ -20,5 +21,5 @@ def main() -> dict:
     if "world" not in FLAGS.config:
         raise InputError("the experiment has no section `world`; add one or choose another file")
     world = build(physics.Config, FLAGS.config.world.to_dict(), where="world")
-    counts = physics.write(world, FLAGS.out)
+    counts = multihost.run_once(lambda: physics.write(world, FLAGS.out), "worlds")
     return {**counts, "out": FLAGS.out}

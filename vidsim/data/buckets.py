@@ -40,10 +40,10 @@ def nearest_size(width: int, height: int, sizes) -> tuple[int, int]:
 
 
 def assign(index: list[dict], split: str, config: Config, *, devices: int) -> list[Bucket]:
-    """Sorts the records of `split` into buckets; batch sizes are multiples of `devices`.
+    """Sorts the records of `split` into buckets.
 
     Raises:
-      InputError: no record of the split fits any bucket.
+      InputError: no record of the split fits any bucket, or a batch does not divide over `devices`.
     """
     members: dict[tuple, list[int]] = {}
     for record, row in enumerate(index):
@@ -60,7 +60,11 @@ def assign(index: list[dict], split: str, config: Config, *, devices: int) -> li
     buckets = []
     for (frames, height, width), records in sorted(members.items()):
         batch = max(1, min(config.max_batch, config.batch_frames // frames))
-        batch = math.ceil(batch / devices) * devices
+        if batch % devices:
+            raise InputError(
+                f"a batch of {batch} clips of {frames} frames does not divide over {devices} "
+                "devices; choose vae.buckets.batch_frames and max_batch so that batches do"
+            )
         buckets.append(Bucket(frames, height, width, batch, tuple(records)))
     return buckets
 

@@ -2,7 +2,7 @@
 
 A cache folder holds one `latents-*.npy` a shape and, written last, `cache.json` with the index and
 the fingerprint of what made it. Latents are bfloat16 (stored as its 16 bits), normalised per
-channel, at the clip's own size.
+channel, at the nearest of the experiment's sizes.
 """
 
 # t latent frames, h latent rows, w latent columns, c channels
@@ -14,7 +14,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from vidsim import files, progress, trees
@@ -103,7 +103,7 @@ def write(
                 batch = max(1, config.batch_frames // frames)
                 latents = np.concatenate(list(_batches(clips, encode, members, batch, bar)))
                 with files.atomic_path(path) as temporary, temporary.open("wb") as file:
-                    np.save(file, latents.astype(ml_dtypes.bfloat16).view(np.uint16))
+                    np.save(file, latents.astype(jnp.bfloat16).view(np.uint16))
             else:
                 bar.update(len(members))
             shape = np.load(path, mmap_mode="r").shape
@@ -169,4 +169,4 @@ class Latents:
     def __getitem__(self, number: int) -> np.ndarray:
         row = self.index[number]
         stored = np.array(self._arrays[row["file"]][row["position"]])
-        return stored.view(ml_dtypes.bfloat16).astype(np.float32)
+        return stored.view(jnp.bfloat16).astype(np.float32)

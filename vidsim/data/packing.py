@@ -75,7 +75,7 @@ class Plan:
     """`plan[step]` is `rows` lists of (sample, epoch); a pure function of (seed, step).
 
     Raises:
-      InputError: a sample is longer than a row; names it.
+      InputError: a sample is longer than a row; gives its number.
     """
 
     def __init__(self, lengths, config: Config, *, seed: int):

@@ -51,19 +51,9 @@ def prepare(config: Config) -> dict:
         InputError: when input, captions or config are wrong, when no file can be decoded, or when
             `config.out` holds something else.
     """
-    _check_config(config)
     folder, out = pathlib.Path(config.input), pathlib.Path(config.out)
-    media, ignored = list_files(folder)
-    if not media:
-        raise InputError(f"{folder} holds no video or image; give a folder of mp4, png, ... files")
-    captions = read_captions(folder, media, ignored)
-    made_from = {
-        "config": {
-            k: v for k, v in dataclasses.asdict(config).items() if k not in ("input", "out")
-        },
-        "files": fingerprint(folder, media, ignored),
-    }
-    if (done := _existing(out, made_from)) is not None:
+    media, ignored, captions, made_from, done = _look(config)
+    if done is not None:
         return done
 
     findings = [
@@ -105,6 +95,32 @@ def prepare(config: Config) -> dict:
     return {**totals, "out": str(out)}
 
 
+def check_input(config: Config) -> None:
+    """Finds what is wrong as far as it can be known without decoding; writes nothing.
+
+    Raises:
+        InputError: as `prepare` would, for all but files that cannot be decoded.
+    """
+    _look(config)
+
+
+def _look(config: Config) -> tuple[list[str], list[str], dict, dict, dict | None]:
+    """(media, ignored, captions, what the shards are made from, totals when all is done)."""
+    _check_config(config)
+    folder, out = pathlib.Path(config.input), pathlib.Path(config.out)
+    media, ignored = list_files(folder)
+    if not media:
+        raise InputError(f"{folder} holds no video or image; give a folder of mp4, png, ... files")
+    captions = read_captions(folder, media, ignored)
+    made_from = {
+        "config": {
+            k: v for k, v in dataclasses.asdict(config).items() if k not in ("input", "out")
+        },
+        "files": fingerprint(folder, media, ignored),
+    }
+    return media, ignored, captions, made_from, _existing(out, made_from)
+
+
 def list_files(folder: pathlib.Path) -> tuple[list[str], list[str]]:
     """Paths below `folder`, in order: (what may be a video or image, what is ignored).
 
@@ -143,7 +159,8 @@ def read_captions(
         path = folder / listed
         if path.name != _CAPTIONS:
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines(): a caption may hold one of the other characters that it cuts at.
+        for number, line in enumerate(_read_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             where = f"{path} line {number}"
@@ -156,6 +173,21 @@ def read_captions(
                 )
             captions[source] = (*captions.get(source, ()), *((text, "given") for text in texts))
     return captions
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; mend or remove it") from error
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path} line {line} is not UTF-8: byte 0x{data[error.start]:02x} at offset"
+            f" {error.start} of the file; save the file as UTF-8"
+        ) from error
 
 
 def _caption_row(line: str, where: str) -> tuple[str, list[str]]:
@@ -215,16 +247,15 @@ def examine(folder: pathlib.Path, file: str, config: Config) -> Finding:
 def split_sources(sources: list[str], validation_share: float) -> dict[str, str]:
     """The split of every source, by a hash of its name: other files do not change it.
 
-    There is one exception: of two sources or more, each split gets at least one (that whose hash is
-    nearest), unless the share is 0.
+    There is one exception: "train" gets at least one source, and of two sources or more so does
+    "validation" (that whose hash is nearest), unless the share is 0.
     """
     place = {s: int(hashlib.sha256(s.encode()).hexdigest(), 16) / 2**256 for s in sources}
     splits = {s: "validation" if place[s] < validation_share else "train" for s in sources}
-    if len(sources) > 1 and validation_share > 0:
-        if "validation" not in splits.values():
-            splits[min(sources, key=place.__getitem__)] = "validation"
-        if "train" not in splits.values():
-            splits[max(sources, key=place.__getitem__)] = "train"
+    if len(sources) > 1 and validation_share > 0 and "validation" not in splits.values():
+        splits[min(sources, key=place.__getitem__)] = "validation"
+    if sources and "train" not in splits.values():
+        splits[max(sources, key=place.__getitem__)] = "train"
     return splits
 
 

@@ -44,11 +44,16 @@ class Clip:
 
 
 def read_clip(
-    clip: Clip, *, start: int = 0, count: int | None = None, fps: float | None = None
+    clip: Clip,
+    *,
+    start: int = 0,
+    count: int | None = None,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Decodes frames of the clip, uint8 `[T, H, W, 3]`, upright; see `video.read_frames`."""
     within = (clip.first_frame, clip.frames)
-    return video.read_frames(clip.data, start=start, count=count, fps=fps, within=within)
+    return video.read_frames(clip.data, start=start, count=count, fps=fps, within=within, size=size)
 
 
 class Shards:

@@ -9,7 +9,6 @@ import threading
 
 import numpy as np
 
-from vidsim.data import video
 from vidsim.data.records import Shards, read_clip
 
 
@@ -52,8 +51,7 @@ class Clips:
         return clip[start : start + frames]
 
     def _read(self, record, start, frames, height, width):
-        pixels = read_clip(self.shards[record], start=start, count=frames)
-        return video.fit(pixels, height, width)
+        return read_clip(self.shards[record], start=start, count=frames, size=(height, width))
 
 
 def caption_of(row: dict, rng: np.random.Generator) -> str:

@@ -86,6 +86,7 @@ def read_frames(
     count: int | None = None,
     fps: float | None = None,
     within: tuple[int, int] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Decodes upright frames, uint8 `[T, H, W, 3]`.
 
@@ -93,7 +94,8 @@ def read_frames(
     With it they number the instants k / fps seconds, each of which shows the nearest frame at or
     before it. `within`, (first, frames), limits all of this to a part of the stored frames, as
     records of clips need it. Decoding begins at the key frame before the first frame asked for.
-    Beyond the end fewer than `count` frames come back, never none.
+    Beyond the end fewer than `count` frames come back, never none. `size`, (height, width), gives
+    what `fit` makes of the frames, but holds one frame of the stored size at a time.
 
     Raises:
         DecodeError: with a one-line reason.
@@ -102,7 +104,7 @@ def read_frames(
     if start < 0 or (count is not None and count < 1) or (fps is not None and not fps > 0):
         raise InputError(f"{start=}, {count=}, {fps=}: give start >= 0, count >= 1 and fps > 0")
     if (image := _open_image(source)) is not None:
-        video_THWC, times, duration = _read_image(image)
+        video_THWC, times, duration = _read_image(image, size)
         return video_THWC[_frame_numbers(times, duration, start, count, fps, within)]
     with packets.open_video(source) as (container, stream):
         kept = []
@@ -110,10 +112,12 @@ def read_frames(
         numbers = _frame_numbers(track.times, track.duration, start, count, fps, within)
         found = dict.fromkeys(numbers)
         frames = packets.decode(stream, kept[track.key_before(numbers[0]) :])
-        reformatter = VideoReformatter()
+        reformatter, fitter, stored = VideoReformatter(), VideoReformatter(), set()
         for number, frame in packets.numbered(track, frames):
             if number in found:
-                found[number] = _upright(frame, reformatter)
+                image_HWC = _upright(frame, reformatter)
+                stored.add(image_HWC.shape)
+                found[number] = _fit_image(image_HWC, size, fitter)
             if found[numbers[-1]] is not None:
                 break
     missing = [number for number, image in found.items() if image is None]
@@ -121,7 +125,7 @@ def read_frames(
         raise DecodeError(
             f"breaks off: frame {missing[0]} of {track.frames} declared frames does not decode"
         )
-    if len({image_HWC.shape for image_HWC in found.values()}) > 1:
+    if len(stored) > 1:
         raise DecodeError("changes its frame size midway")
     return np.stack([found[number] for number in numbers])
 
@@ -226,25 +230,34 @@ def fit(video_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
     A pixel becomes the mean of the part of the source that it covers; where that is less than a
     source pixel, it is interpolated linearly. A video of that size already is returned as it is.
     """
-    _, H, W, _ = video_THWC.shape
-    if (height, width) == (H, W):
+    if (height, width) == video_THWC.shape[1:3]:
         return video_THWC
+    out_THWC = np.empty((len(video_THWC), height, width, 3), np.uint8)
+    reformatter = VideoReformatter()
+    for image_HWC, out_HWC in zip(video_THWC, out_THWC, strict=True):
+        out_HWC[:] = _fit_image(image_HWC, (height, width), reformatter)
+    return out_THWC
+
+
+def _fit_image(
+    image_HWC: np.ndarray, size: tuple[int, int] | None, reformatter: VideoReformatter
+) -> np.ndarray:
+    H, W, _ = image_HWC.shape
+    if size is None or size == (H, W):
+        return image_HWC
+    height, width = size
     scale = min(H / height, W / width)
     rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
     top, left = (H - rows) // 2, (W - columns) // 2
-    cropped_THWC = video_THWC[:, top : top + rows, left : left + columns]
-    out_THWC = np.empty((len(video_THWC), height, width, 3), np.uint8)
-    reformatter = VideoReformatter()
-    for image_HWC, out_HWC in zip(cropped_THWC, out_THWC, strict=True):
-        frame = reformatter.reformat(
-            av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24"),
-            width=width,
-            height=height,
-            interpolation=_AREA,
-            threads=1,
-        )
-        out_HWC[:] = frame.to_ndarray()
-    return out_THWC
+    cropped_HWC = image_HWC[top : top + rows, left : left + columns]
+    frame = reformatter.reformat(
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(cropped_HWC), format="rgb24"),
+        width=width,
+        height=height,
+        interpolation=_AREA,
+        threads=1,
+    )
+    return frame.to_ndarray()
 
 
 def _frame_numbers(times, duration, start, count, fps, within) -> list[int]:
@@ -296,13 +309,16 @@ def _open_image(source: Source) -> Image.Image | None:
         raise DecodeError(f"is a damaged image: {error}") from error
 
 
-def _read_image(image: Image.Image) -> tuple[np.ndarray, np.ndarray, float]:
+def _read_image(
+    image: Image.Image, size: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray, float]:
     """Frames [T, H, W, 3], their times in seconds, and the duration in seconds (0 for a still)."""
-    frames, ends = [], [0.0]
+    frames, ends, reformatter = [], [0.0], VideoReformatter()
     try:
         for number in range(getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1):
             image.seek(number)
-            frames.append(_rgb(ImageOps.exif_transpose(image)))
+            image_HWC = _rgb(ImageOps.exif_transpose(image))
+            frames.append(_fit_image(image_HWC, size, reformatter))
             # Browsers show a frame without a duration for 100 ms.
             ends.append(ends[-1] + (image.info.get("duration") or 100) / 1000)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

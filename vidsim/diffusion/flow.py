@@ -4,7 +4,8 @@
     v   = d x_t / dt = eps - x0 = (x_t - x0) / t
     L   = |x0_hat - x0|^2 / max(t, t_min)^2                              the loss on v, clamped
 
-The network predicts x0_hat. The clamp lives in the loss only: samplers use v = (x_t - x0_hat) / t.
+The network predicts x0_hat, or v by choice. The clamp lives in the loss only: samplers use
+v = (x_t - x0_hat) / t.
 """
 
 import jax

@@ -47,15 +47,16 @@ def vae_quality(models: generate.Models, clips: Clips, truth: dict[str, dict], p
     for record, frames, height, width in plan:
         real = clips.window(record, 0, frames, height, width)
         row = truth.get(clips.index[record]["source"])
-        # The boxes are in the pixels of the file; a clip that was resized has none.
-        native = row is not None and (row["height"], row["width"]) == (height, width)
+        # The boxes are in pixels and frames of the file: a clip that was resized or cut has none.
+        native = row is not None and whole(clips.index[record], row)
+        native = native and (row["height"], row["width"]) == (height, width)
         boxes = physics.object_mask(row)[:frames] if native else None
         made = reconstruct(models, real[None])[0]
         for name, (total, count) in squared_errors(real, made, boxes).items():
             sums[name][0] += total
             sums[name][1] += count
     return {
-        "psnr_db": psnr_db(sums["frame"][0] / sums["frame"][1]),
+        "psnr_db": psnr_db(sums["frame"][0] / sums["frame"][1]) if sums["frame"][1] else None,
         "object_psnr_db": psnr_db(sums["objects"][0] / sums["objects"][1])
         if sums["objects"][1]
         else None,
@@ -90,7 +91,11 @@ def physics_requests(
     for record in held_out(clips.index, frames=frames):
         row = clips.index[record]
         known = truth.get(row["source"])
-        if known is None or not physics.counts(cut(known, frames), start=given_frames):
+        if (
+            known is None
+            or not whole(row, known)
+            or not physics.counts(cut(known, frames), start=given_frames)
+        ):
             continue
         real = clips.window(record, 0, frames, known["height"], known["width"])
         request = generate.Request(
@@ -105,7 +110,14 @@ def physics_requests(
             **template,
         )
         found.append((request, real, cut(known, frames)))
-    return found[:limit]
+        if len(found) == limit:
+            break
+    return found
+
+
+def whole(row: dict, truth_row: dict) -> bool:
+    """Whether a record is all of the file that the truth speaks of, not a cut of it."""
+    return row["frames"] == truth_row["frames"]
 
 
 def cut(truth_row: dict, frames: int) -> dict:

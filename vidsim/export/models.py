@@ -2,7 +2,7 @@
 
 An exported folder holds
 
-    model.json            configs, compression, provenance, what the weights are (EMA or not)
+    model.json            configs, provenance, what the weights are (EMA or not)
     vae.safetensors       weights and latent statistics
     dit.safetensors       weights of transformer and text encoder
     tokenizer.model       SentencePiece

@@ -3,7 +3,7 @@
 A token stands at (time in units of 1/6 s, y in units of 16 pixels, x in units of 16 pixels): frame
 rate, size and aspect ratio reach the network as positions and in no other way (LTX-Video,
 arXiv:2501.00103). Latent 0 is one frame at 0 s, latent k stands at the midpoint of its frames. Text
-has an axis of its own, the diagonal of negative positions, where no patch can lie.
+stands on the diagonal of negative positions, where no patch can be.
 """
 
 # B batch, L tokens, N heads, K head dim; t latent frames, h latent rows, w latent columns

@@ -16,6 +16,8 @@ from vidsim.data.buckets import nearest_size
 from vidsim.errors import InputError
 from vidsim.sampling.generate import Models, Request, generate
 
+INPUTS = {"text": None, "animate": "image", "extend": "video"}  # the flag that names it
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -105,29 +107,48 @@ def side_car(request: Request) -> dict:
 def from_flags(given: dict) -> dict:
     """What the user chose: flags that were set, over the side-car of `--request`, if any.
 
+    The side-cars that a run leaves name their input by its path in the run, and no run.
+
     Raises:
-      InputError: no such side-car, or no run named in either.
+      InputError: no such side-car, no side-car of a sample, or no run named in either.
     """
-    choice = {}
-    if given["request"]:
-        if not os.path.isfile(given["request"]):
-            raise InputError(f"no side-car {given['request']}; give the .json beside a sample")
-        choice = files.read_json(given["request"])
-    choice = {**dict.fromkeys(given), **choice}
+    side_car = _read_side_car(given["request"]) if given["request"] else {}
+    choice = {**dict.fromkeys(given), **side_car}
     choice.update({name: value for name, value in given.items() if value is not None})
     if not choice["run"]:
         raise InputError("no run to sample from; give --run=FOLDER, a run's or an exported one")
+    needed = INPUTS.get(choice["mode"])
+    if needed and side_car.get("input") and not (choice["image"] or choice["video"]):
+        choice[needed] = os.path.join(choice["run"], side_car["input"])
     return choice
 
 
-def request(choice: dict, config: Config) -> tuple[Request, np.ndarray | None]:
+def _read_side_car(path: str) -> dict:
+    remedy = "give the .json beside a sample"
+    if not os.path.isfile(path):
+        raise InputError(f"no side-car {path}; {remedy}")
+    try:
+        found = files.read_json(path)
+    except ValueError as error:  # Of bytes that are no text too.
+        raise InputError(f"side-car {path} is not JSON ({error}); {remedy}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"side-car {path} is no JSON object; {remedy}")
+    if found.get("mode") != "extend":
+        found.pop("given_frames", None)  # They are what the mode takes, nobody's choice.
+    return found
+
+
+def request(choice: dict, config: Config, *, stride: int) -> tuple[Request, np.ndarray | None]:
     """The request of a choice, with defaults filled in, and the frames to put before it.
 
+    `stride` are the frames of a latent after the first.
+
     Raises:
-      InputError: the mode lacks its input, or has one that it does not take.
+      InputError: the mode lacks its input, or has one that it does not take, or is to go on from
+        frames that are no whole latents.
     """
     mode = choice["mode"] or "text"
-    needed = {"text": None, "animate": "image", "extend": "video"}.get(mode)
+    needed = INPUTS.get(mode)
     for name in ("image", "video"):
         if choice[name] and name != needed:
             raise InputError(f"mode={mode} takes no --{name}={choice[name]}; leave it out")
@@ -139,6 +160,13 @@ def request(choice: dict, config: Config) -> tuple[Request, np.ndarray | None]:
         for field in dataclasses.fields(Config)
         if (default := getattr(config, field.name)) is not None and field.name != "sizes"
     }
+    count = filled["given_frames"]
+    if mode == "extend" and (count < 1 or (count - 1) % stride):
+        lower = 1 + (max(count, 1) - 1) // stride * stride
+        raise InputError(
+            f"given_frames={count} is not 1 + {stride}k, which the causal VAE needs; "
+            f"use {lower} or {lower + stride}"
+        )
     if (choice["width"] is None) != (choice["height"] is None):
         raise InputError(
             f"width={choice['width']} with height={choice['height']}; give both or neither"

@@ -37,12 +37,11 @@ class Run:
         build = configs.build
         build(Experiment, config, where="config")
         build(VAESection, config["vae"], where="vae")
-        build(DiTSection, config["dit"], where="dit")
+        self.text_dropout = build(DiTSection, config["dit"], where="dit").text_dropout
         self.seed = config["seed"]
         self.world = build(world.Config, config["world"], where="world")
         self.data = build(Data, config["data"], where="data")
         self.pipeline = build(pipeline.Config, config["pipeline"], where="pipeline")
-        self.tokenizer = build(Tokenizer, config["tokenizer"], where="tokenizer")
         self.mesh_config = build(meshes.Config, config["mesh"], where="mesh")
         self.sample = build(modes.Config, config["sample"], where="sample")
         self.evaluation = build(Evaluation, config["evaluation"], where="evaluation")
@@ -67,6 +66,49 @@ class Run:
                 optimizer.Config, config[name]["optimizer"], where=f"{name}.optimizer"
             )
             self.loops[name] = build(loop.Config, config[name]["loop"], where=f"{name}.loop")
+        self._check()
+
+    def _check(self) -> None:
+        """Finds now what would otherwise fail after hours: sizes off the grid, intervals of 0."""
+        tokens = self.vae.compression[1] * self.dit.patch
+        shapes = [(f, size) for f in self.buckets.frames for size in self.buckets.sizes]
+        shapes += [(self.latents.max_frames, size) for size in self.latents.sizes]
+        for frames, (width, height) in shapes:
+            self.vae.latent_size(frames, height, width)
+        sampled = [self.sample.frames, self.sample.given_frames, self.evaluation.physics_frames]
+        for frames in sampled:
+            self.vae.latent_size(frames, tokens, tokens)
+        sizes = [*self.latents.sizes, *self.sample.sizes]
+        if not self.data.input:
+            sizes += [(width, height) for width, height, *_ in self.world.formats]
+        for width, height in sizes:
+            if width % tokens or height % tokens:
+                raise InputError(
+                    f"size {width}x{height} is off the grid of {tokens} pixels (VAE stride "
+                    f"{self.vae.compression[1]} x dit.model.patch {self.dit.patch}); use multiples"
+                )
+        for name, settings in self.loops.items():
+            for field in dataclasses.fields(settings):
+                if getattr(settings, field.name) < 1:
+                    raise InputError(
+                        f"{name}.loop.{field.name}={getattr(settings, field.name)} is under 1; "
+                        "give a number of steps"
+                    )
+        if not self.report.prompts:
+            raise InputError("report.prompts is empty; give at least one prompt")
+
+    def shards_config(self) -> prepare.Config:
+        """What `prepare` makes the shards from."""
+        return prepare.Config(
+            input=self.data.input or str(self.path("world")),
+            out=str(self.path("shards")),
+            validation_share=self.data.validation_share,
+            max_seconds=self.data.max_seconds,
+        )
+
+    def batch_devices(self) -> int:
+        """How many parts a batch is split into."""
+        return self.mesh.shape["replica"] * self.mesh.shape["fsdp"]
 
     def path(self, *parts: str) -> pathlib.Path:
         return self.workdir.joinpath(*parts)
@@ -82,8 +124,8 @@ class Run:
                     "use a new --workdir, or the old value"
                 )
         else:
-            if self.data.input:  # A wrong path must not claim the folder.
-                prepare.list_files(pathlib.Path(self.data.input))
+            if self.data.input:  # Wrong input must not claim the folder.
+                prepare.check_input(self.shards_config())
             files.write_json(path, self.config)
 
     @functools.cached_property
@@ -106,7 +148,7 @@ class Run:
         return {row["file"]: row for row in rows}
 
     def words(self) -> tokenizer.Tokenizer:
-        return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.tokenizer.max_tokens)
+        return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.text.max_tokens)
 
 
 def open_folder(workdir: str) -> Run:
@@ -131,7 +173,6 @@ class Experiment:
     world: Mapping
     data: Mapping
     pipeline: Mapping
-    tokenizer: Mapping
     vae: Mapping
     latents: Mapping
     dit: Mapping
@@ -168,12 +209,6 @@ class Data:
     validation_share: float
     max_seconds: float
     cache_megabytes: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenizer:
-    vocabulary: int
-    max_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,6 +249,12 @@ def load_vae(run: Run, weights: str = "ema") -> generate.Models:
     folder = run.path("vae", "checkpoints")
     params = exported.restore(folder, exported.abstract_vae(run.vae), weights)
     return vae_only(run, params, statistics)
+
+
+def latent_mark(run: Run, models: generate.Models) -> str:
+    """The fingerprint of the latents that these models make."""
+    made_by = {"params": models.vae_params, "statistics": models.statistics}
+    return latents.fingerprint(made_by, run.latents)
 
 
 def load_models(run: Run, weights: str = "ema") -> generate.Models:

@@ -40,6 +40,20 @@ def prompts(run: Run) -> list[str]:
     return [*captions, ""][: len(run.report.prompts)]
 
 
+def with_frames(run: Run, frames: int) -> list[int]:
+    """The records with at least `frames` frames: held-out videos, else all videos, else images."""
+    held_out = evaluator.held_out(run.clips.index, frames=max(frames, 2))
+    long_enough = [n for n, row in enumerate(run.clips.index) if row["frames"] >= frames]
+    videos = [n for n in long_enough if run.clips.index[n]["frames"] > 1]
+    return held_out or videos or long_enough
+
+
+def frame_rate(run: Run) -> float:
+    """The rate to sample at: the experiment's, or the middle one of a folder of videos."""
+    rates = [row["fps"] for row in run.clips.index if row["frames"] > 1]
+    return float(np.median(rates)) if run.data.input and rates else run.sample.fps
+
+
 def text_request(run: Run, prompt: str, seed: int, size, frames: int) -> generate.Request:
     return generate.Request(
         mode="text",
@@ -48,7 +62,7 @@ def text_request(run: Run, prompt: str, seed: int, size, frames: int) -> generat
         width=size[0],
         height=size[1],
         frames=frames,
-        fps=run.sample.fps,
+        fps=frame_rate(run),
         **_template(run),
     )
 
@@ -93,26 +107,29 @@ def _sample_modes(run: Run, models: generate.Models) -> dict:
     request = text_request(run, texts[0], run.report.seed, size, 1)
     modes.write(models, [request], [name("text")], cars=[{}])
 
-    long_enough = evaluator.held_out(run.clips.index, frames=run.sample.given_frames)
-    for place, record in enumerate(long_enough[:2]):
-        row = run.clips.index[record]
+    for mode, count in (("animate", 1), ("extend", run.sample.given_frames)):
+        records = with_frames(run, count)
+        if not records:
+            continue
+        row = run.clips.index[records[0]]
         width, height = buckets.nearest_size(row["width"], row["height"], run.sample.sizes)
-        mode = ("animate", "extend")[place]
-        count = (1, run.sample.given_frames)[place]
-        given = run.clips.window(record, 0, count, height, width)
-        made_from = inputs / f"{mode}{'.png' if count == 1 else '.mp4'}"
+        given = run.clips.window(records[0], 0, count, height, width)
+        fps = row["fps"] if row["frames"] > 1 else frame_rate(run)
+        path = inputs / (f"{mode}.png" if count == 1 else f"{mode}.mp4")
         if count == 1:
-            video.write_image(made_from, given[0])
+            video.write_image(path, given[0])
         else:
-            video.write_video(made_from, given, row["fps"])
+            video.write_video(path, given, fps)
+        settings = dataclasses.replace(run.sample, fps=fps)
+        begin = modes.read_input(path, mode, settings, width=width, height=height)
         prompt = row["captions"][0][0] if row["captions"] else ""
         request = dataclasses.replace(
             text_request(run, prompt, run.report.seed, (width, height), run.sample.frames),
             mode=mode,
-            given_THWC=given,
-            fps=row["fps"],
+            given_THWC=begin.given_THWC,
+            fps=fps,
         )
-        car = {"input": str(made_from.relative_to(run.workdir)), "source": row["source"]}
+        car = {"input": str(path.relative_to(run.workdir)), "source": row["source"]}
         modes.write(models, [request], [name(mode)], cars=[car])
     return {"samples": number}
 
@@ -173,4 +190,4 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
 def write_report(run: Run) -> dict:
     path = run.path("report.html")
     multihost.run_once(lambda: str(report.write(run.workdir, path)), "report")
-    return {"report": str(path)}
+    return {"report": path.name}

@@ -7,16 +7,17 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from vidsim import files
+from vidsim import files, trees
 from vidsim.data import buckets, latents, pipeline
 from vidsim.diffusion import conditions
+from vidsim.errors import InputError
 from vidsim.evaluation import evaluator
 from vidsim.export import models as exported
 from vidsim.models import dit, vae
 from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
-from vidsim.stages.run import Run, vae_only
+from vidsim.stages.run import Run, latent_mark, load_vae, vae_only
 from vidsim.stages.showing import sample_step, vae_plan
 from vidsim.training import checkpoint, loop, objectives, optimizer, state, step
 
@@ -41,9 +42,6 @@ def vae_training(run: Run) -> Training:
     def make_model(rngs):
         return vae.VAE(run.vae, rngs)
 
-    for width, height in run.buckets.sizes:
-        for length in run.buckets.frames:
-            run.vae.latent_size(length, height, width)
     graphdef = state.graph_of(make_model)
     return Training(
         name="vae",
@@ -56,16 +54,11 @@ def vae_training(run: Run) -> Training:
             run.pipeline,
             start=start,
             hosts=_hosts(),
-            devices=_batch_devices(run),
+            devices=run.batch_devices(),
         ),
         index_hash=buckets.index_hash(run.shards.index),
         evaluators=lambda run: {"val": functools.partial(_vae_validation, run, graphdef)},
     )
-
-
-def _batch_devices(run: Run) -> int:
-    sizes = run.mesh.shape
-    return sizes["replica"] * sizes["fsdp"]
 
 
 def _vae_validation(run: Run, graphdef, train_state, step_number):
@@ -81,13 +74,17 @@ def _vae_validation(run: Run, graphdef, train_state, step_number):
 
 def dit_training(run: Run) -> Training:
     words = run.words()
-    cache = latents.Latents(run.path("latents"))
+    cache = latents.Latents(run.path("latents"), mark=latent_mark(run, load_vae(run)))
+    if run.pack.rows % run.batch_devices():
+        raise InputError(
+            f"dit.pack.rows={run.pack.rows} does not divide over {run.batch_devices()} devices "
+            f"(mesh replica x fsdp); use a multiple of {run.batch_devices()}"
+        )
     values = exported.patch_values(run.vae, run.dit)
 
     def make_model(rngs):
         return dit.DiT(run.dit, run.text, values, rngs)
 
-    dropout = run.config["dit"]["text_dropout"]
     graphdef = state.graph_of(make_model)
 
     def load(split: str, drawn: conditions.Config, dropout: float) -> pipeline.LoadPack:
@@ -106,6 +103,9 @@ def dit_training(run: Run) -> Training:
         )
 
     def evaluators(run: Run) -> dict:
+        samples = {"samples": functools.partial(sample_step, run)}
+        if all(row["split"] != "validation" for row in cache.index):
+            return samples
         one_host = dataclasses.replace(load("validation", run.conditions, 0.0), rows=(0, 1))
         data = pipeline.packs(one_host, run.pipeline, start=0)
         packs = [next(data) for _ in range(run.evaluation.batches)]
@@ -116,7 +116,7 @@ def dit_training(run: Run) -> Training:
             if multihost.is_main():
                 yield from evaluator.x0_errors(error_at, params, packs, run.evaluation.times)
 
-        return {"val": validate, "samples": functools.partial(sample_step, run)}
+        return {"val": validate, **samples}
 
     return Training(
         name="dit",
@@ -125,7 +125,7 @@ def dit_training(run: Run) -> Training:
             objectives.dit_loss, graphdef, run.dit.prediction, run.times, run.losses["dit"]
         ),
         batches=lambda start: pipeline.packs(
-            load("train", run.conditions, dropout), run.pipeline, start=start
+            load("train", run.conditions, run.text_dropout), run.pipeline, start=start
         ),
         index_hash=buckets.index_hash(cache.index),
         evaluators=evaluators,
@@ -170,11 +170,7 @@ def train(run: Run, training: Training) -> dict:
         )
     finally:
         checkpoints.close()
-    return {"steps": int(last.step), "parameters": _count(last.params)}
-
-
-def _count(params) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    return {"steps": int(last.step), "parameters": trees.count(last.params)}
 
 
 def train_vae(run: Run) -> dict:
@@ -188,10 +184,9 @@ def train_vae(run: Run) -> dict:
 
 def _measure_statistics(run: Run, models: generate.Models) -> None:
     """Mean and deviation of each channel over training clips, written beside the checkpoints."""
-    rows = [row for row in run.clips.index if row["split"] == "train"]
+    rows = [pair for pair in enumerate(run.clips.index) if pair[1]["split"] == "train"]
     total, square, count = 0.0, 0.0, 0
-    for row in rows[:: max(1, len(rows) // 64)]:
-        record = run.clips.index.index(row)
+    for record, row in rows[:: max(1, len(rows) // 64)]:
         for window in latents.windows_of([row], run.latents, run.vae.compression[0])[:1]:
             size = (window.frames, window.height, window.width)
             z = generate.encode(models, run.clips.window(record, 0, *size)[None])

@@ -63,7 +63,7 @@ def run_all(run: Run) -> dict:
     quality, measured = results["evaluate"]["vae"], results["evaluate"]["physics"]
     keys = ("velocity_error", "floor", "frozen", "wrong_prompt")
     return {
-        "report": results["report"]["report"],
+        "report": str(run.path(results["report"]["report"])),
         "seconds": round(sum(entry["seconds"] for entry in noted.values()), 1),
         "vae": {key: quality[key] for key in ("psnr_db", "object_psnr_db")},
         "physics": {key: measured[key] for key in keys} if measured else None,

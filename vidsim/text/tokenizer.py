@@ -3,6 +3,7 @@
 import io
 import os
 import pathlib
+import re
 from collections.abc import Iterable
 
 import sentencepiece
@@ -37,28 +38,41 @@ def train(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -> Tokenize
     """Trains merges of pairs (BPE); a small corpus may yield fewer than `vocabulary` pieces.
 
     Videos without captions are a valid data set: it gets a tokenizer of letters.
+
+    Raises:
+      InputError: the captions have more distinct characters than `vocabulary` has room for.
     """
     texts = [text for text in texts if text.strip()]
     if not texts:
         # A vocabulary is needed to run without captions too, so that prompts still encode.
         texts = ["abcdefghijklmnopqrstuvwxyz 0123456789"]
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        vocab_size=vocabulary,
-        hard_vocab_limit=False,
-        # Unigrams know only what is part of two words: of a small vocabulary, hardly a whole word.
-        model_type="bpe",
-        # Longer captions (in bytes) would be left out, by default those from 4192 on.
-        max_sentence_length=max(4192, *(len(text.encode()) for text in texts)),
-        pad_id=PAD,
-        unk_id=UNKNOWN,
-        control_symbols=["<null>"],
-        bos_id=-1,
-        eos_id=-1,
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            vocab_size=vocabulary,
+            hard_vocab_limit=False,
+            # Unigrams know only what is part of two words: hardly a whole word, if these are few.
+            model_type="bpe",
+            # Longer captions (in bytes) would be left out, by default those from 4192 on.
+            max_sentence_length=max(4192, *(len(text.encode()) for text in texts)),
+            pad_id=PAD,
+            unk_id=UNKNOWN,
+            control_symbols=["<null>"],
+            bos_id=-1,
+            eos_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        # It wants a piece for each character, and tells how many that makes.
+        found = re.search(r"required_chars\. \d+ vs (\d+)", str(error))
+        if not found:
+            raise
+        raise InputError(
+            f"vocabulary={vocabulary} is under {found[1]}, the distinct characters of the captions "
+            f"and the control tokens; raise tokenizer.vocabulary to {found[1]} or more"
+        ) from error
     return Tokenizer(model.getvalue(), max_tokens)
 
 

@@ -1,6 +1,7 @@
 """Numbers of a run: metrics.jsonl for scripts and the report, TensorBoard for people."""
 
 import json
+import math
 import os
 import pathlib
 
@@ -29,7 +30,9 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         values = {name: float(value) for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        # JSON has no NaN.
+        known = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        self._file.write(json.dumps({"step": step, **known}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

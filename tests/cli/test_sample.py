@@ -1,0 +1,78 @@
+"""Samples that are made again: of other weights, of an export, of the side-cars of a run."""
+
+import pathlib
+
+import pytest
+
+from vidsim import files
+
+
+def made(ended) -> bytes:
+    return pathlib.Path(ended.summary["out"]).read_bytes()
+
+
+def test_a_sample_of_the_last_weights_is_made_again(tiny, vidsim, tmp_path):
+    flags = (f"--run={tiny.workdir}", "--frames=1", "--prompt=a ball")
+    last = made(vidsim("sample", *flags, f"--out={tmp_path / 'last'}", "--weights=params"))
+    assert last != made(vidsim("sample", *flags, f"--out={tmp_path / 'averaged'}"))
+    request = f"--request={tmp_path / 'last.json'}"
+    assert made(vidsim("sample", request, f"--out={tmp_path / 'again'}")) == last
+    assert files.read_json(tmp_path / "again.json")["weights"] == "params"
+
+
+def test_an_export_has_one_kind_of_weights(tiny, vidsim, tmp_path):
+    folder = tmp_path / "exported"
+    vidsim("export", f"--run={tiny.workdir}", f"--out={folder}", "--weights=params")
+    flags = (f"--run={folder}", f"--out={tmp_path / 'ball'}", "--frames=1")
+    ended = vidsim("sample", *flags, "--weights=ema")
+    assert ended.code == 2 and "weights=ema" in ended.stderr
+    assert "use --weights=params" in ended.stderr
+    vidsim("sample", *flags)
+    assert files.read_json(tmp_path / "ball.json")["weights"] == "params"
+
+
+def test_the_samples_of_a_run_are_requests(tiny, vidsim, tmp_path):
+    cars = sorted((tiny.workdir / "samples" / "final").glob("*.json"))
+    assert {files.read_json(car)["mode"] for car in cars} == {"text", "animate", "extend"}
+    for car in cars:
+        out = f"--out={tmp_path / car.stem}"
+        data = made(vidsim("sample", f"--request={car}", f"--run={tiny.workdir}", out))
+        before = files.read_json(car)
+        (sample,) = set(car.parent.glob(f"{car.stem}.*")) - {car}
+        assert data == sample.read_bytes()
+        after = files.read_json(tmp_path / car.name)
+        shared = before.keys() & after.keys()
+        assert {key: after[key] for key in shared} == {key: before[key] for key in shared}
+
+
+LAUNCH = ("-m", "launch.local", "--processes=2")
+
+
+def test_two_processes_write_one_world_and_its_shards(new_process, config, tmp_path):
+    world, shards, logs = tmp_path / "world", tmp_path / "shards", f"--logs={tmp_path / 'logs'}"
+    clips = "--config.world.clips=4"
+    flags = (f"--config={config}", clips, f"--out={world}")
+    summary = new_process(*LAUNCH, logs, "--", "worlds", *flags).summary
+    assert summary["clips"] + summary["images"] == 4
+    logged = [(tmp_path / "logs" / f"process_{k}.log").read_text() for k in (0, 1)]
+    assert logged[0].splitlines()[-1] == logged[1].splitlines()[-1]
+    flags = (f"--input={world}", f"--out={shards}")
+    assert new_process(*LAUNCH, logs, "--", "prepare", *flags).summary
+    assert len(files.read_jsonl(shards / "index.jsonl")) == 4
+    refused = new_process(*LAUNCH, logs, "--", "prepare", f"--input={world}x", f"--out={shards}")
+    assert refused.code == 2 and "does not exist" in refused.stderr
+
+
+@pytest.mark.parametrize("verb", ["sample", "export"])
+def test_two_processes_write_what_one_does(tiny, vidsim, new_process, tmp_path, verb):
+    flags = {"sample": ("--frames=1", "--prompt=a ball"), "export": ()}[verb]
+    command = (verb, f"--run={tiny.workdir}", *flags)
+    one = vidsim(*command, f"--out={tmp_path / 'one'}").summary
+    logs = f"--logs={tmp_path / 'logs'}"
+    two = new_process(*LAUNCH, logs, "--", *command, f"--out={tmp_path / 'two'}").summary
+    assert two.pop("out") == one.pop("out").replace("one", "two")
+    assert two == one
+    for path in tmp_path.glob("one/*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    for path in tmp_path.glob("one.png"):
+        assert path.read_bytes() == (tmp_path / "two.png").read_bytes()
