@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
             "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
             "world": {
                 "clips": 640,
-                # width, height, frames, frames/s
+                # width, height, frames, frames/s: landscape, portrait, longer, and pictures
                 "formats": (
                     (64, 48, 17, 10),
                     (48, 64, 17, 10),
@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                     "encoder_blocks": (1, 2),
                     "decoder_blocks": (1, 2),
                     "strides": ((1, 2),),
-                    "time_kernels": (1, 1),
+                    "time_kernels": (1, 1),  # a latent sees its own frames alone: the cheapest
                     "space_kernels": (3, 3),
                     "edge_kernel": 1,
                     "dtype": "float32",
@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
                 "text": {
                     "vocabulary": 256,
                     "features": 64,
-                    "depth": 0,
+                    "depth": 0,  # the transformer itself mixes the tokens of a prompt
                     "heads": 2,
                     "max_tokens": 24,
                 },

@@ -50,12 +50,11 @@ def read_input(path: str | os.PathLike, mode: str, config: Config, *, width, hei
         raise InputError(f"no file {path}; give --image for animate, --video for extend")
     try:
         if mode == "animate":
-            frames = video.read_frames(path, count=1)
+            frames = video.read_frames(path, count=1, size=(height, width))
         else:
-            frames = video.read_frames(path, fps=config.fps)
+            frames = video.read_frames(path, fps=config.fps, size=(height, width))
     except video.DecodeError as error:
         raise InputError(f"{path} cannot be decoded: {error}; give another file") from error
-    frames = video.fit(frames, height, width)
     count = 1 if mode == "animate" else config.given_frames
     if len(frames) < count:
         raise InputError(

@@ -71,7 +71,7 @@ def train(texts: Iterable[str], *, vocabulary: int, max_tokens: int) -> Tokenize
             raise
         raise InputError(
             f"vocabulary={vocabulary} is under {found[1]}, the distinct characters of the captions "
-            f"and the control tokens; raise tokenizer.vocabulary to {found[1]} or more"
+            f"and the control tokens; raise dit.text.vocabulary to {found[1]} or more"
         ) from error
     return Tokenizer(model.getvalue(), max_tokens)
 
