@@ -99,7 +99,7 @@ def test_a_missing_tokenizer_is_named_with_its_remedy(tmp_path):
 
 def test_more_characters_than_the_vocabulary_has_room_for():
     text = "".join(chr(0x4E00 + i) for i in range(500))
-    with pytest.raises(InputError, match=r"vocabulary=64 .*tokenizer\.vocabulary to \d+") as raised:
+    with pytest.raises(InputError, match=r"vocabulary=64 .*dit\.text\.vocabulary to \d+") as raised:
         tokenizer.train([text], vocabulary=64, max_tokens=512)
     enough = int(str(raised.value).split(" or more")[0].split()[-1])
     found = tokenizer.train([text], vocabulary=enough, max_tokens=512)
