@@ -6,6 +6,10 @@ them, samples every mode and writes report.html.
 
     vidsim run --config=experiments/quickstart.py --workdir=runs/quickstart
 
+Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) 5 and the transformer (4M)
+7. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity error of extended clips
+of 0.61 to 0.72 of a frozen ball's.
+
 On your own folder of videos and images instead of the world:
 
     vidsim run --config=experiments/quickstart.py --config.data.input=DIR --workdir=runs/mine
@@ -128,7 +132,7 @@ def get_config() -> ConfigDict:
             "sample": {
                 "frames": 17,
                 "fps": 10.0,
-                "steps": 16,
+                "steps": 12,
                 "guidance_scale": 3.0,
                 "solver": "euler",
                 "given_frames": 5,
@@ -140,7 +144,7 @@ def get_config() -> ConfigDict:
                 "vae_clips": 24,
                 "physics_clips": 24,
                 "physics_frames": 17,
-                "guidance_scale": 1.5,
+                "guidance_scale": 2.0,
                 "batch": 8,
             },
             # Sampled at every evaluation of the transformer: the same prompts, the same seeds.
