@@ -6,9 +6,9 @@ them, samples every mode and writes report.html.
 
     vidsim run --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) 5 and the transformer (4M)
-7. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity error of extended clips
-of 0.61 to 0.72 of a frozen ball's.
+Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 5 and the
+transformer (4M) 7. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity
+error of extended clips of 0.61 to 0.72 of a frozen ball's.
 
 On your own folder of videos and images instead of the world:
 
