@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidsim.layers.linear import matmul
 from vidsim.layers.parameter import parameter
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -21,7 +22,7 @@ def causal_conv3d(x_BTHWC: jax.Array, kernel_THWCD: jax.Array) -> jax.Array:
     B, T, H, W, C = x_BTHWC.shape
     taps = kernel_THWCD.shape[0]
     if kernel_THWCD.shape[:3] == (1, 1, 1):
-        return x_BTHWC @ kernel_THWCD[0, 0, 0]
+        return matmul(x_BTHWC, kernel_THWCD[0, 0, 0])
     past = jnp.repeat(x_BTHWC[:, :1], taps - 1, axis=1)
     padded = jnp.concatenate([past, x_BTHWC], axis=1)
     result = 0.0
