@@ -40,10 +40,27 @@ def get_config() -> ConfigDict:
                 "seed": 0,
             },
             "data": {
-                "input": "",  # a folder of videos and images; empty: the world
+                "input": "",  # a folder of videos and images, or tfds:NAME; empty: the world
+                # Or several: {"name": "films", "input": DIR, "weight": 1.0}, ...
+                "sources": (),
+                "image_share": 0.0,  # of the draws, that are images; 0: as many as there are
+                "fps": 0.0,  # that faster videos are resampled to; 0: none are
+                "caption_weights": {},  # by origin, such as {"descriptive": 0.95, "given": 0.05}
                 "validation_share": 0.1,
                 "max_seconds": 10.0,
+                "filters": {  # see data/filters.py; 0 is off, and a rendered world needs none
+                    "min_seconds": 0.0,
+                    "min_pixels": 0,
+                    "max_aspect": 0.0,
+                    "max_black": 0.0,
+                    "min_change": 0.0,
+                    "min_motion": 0.0,
+                    "max_motion": 0.0,
+                    "min_sharpness": 0.0,
+                    "duplicate_bits": 0,
+                },
                 "cache_megabytes": 512.0,
+                "on_change": "error",  # or "restart_epoch": go on when the data are others
             },
             "pipeline": {"threads": 2, "prefetch": 4, "workers": 0, "seed": 0},
             "vae": {
@@ -66,7 +83,19 @@ def get_config() -> ConfigDict:
                     "foreground_weight": 10.0,
                     "foreground_scale": 0.5,
                 },
-                "buckets": {"sizes": SIZES, "frames": (1, 5), "batch_frames": 30, "max_batch": 16},
+                "buckets": {
+                    "sizes": SIZES,
+                    "frames": (1, 5),
+                    # Without sizes and frames they are found by these.
+                    "areas": (64 * 48,),
+                    "ratios": 3,
+                    "durations": 1,
+                    "clip_tokens": 96,
+                    "step_pixels": 30 * 64 * 48,
+                    "clip_pixels": 0,
+                    "max_batch": 16,
+                    "batch_multiple": 2,
+                },
                 "optimizer": {
                     "learning_rate": 2e-2,
                     "adam_learning_rate": 3e-3,
@@ -83,7 +112,13 @@ def get_config() -> ConfigDict:
                     "evaluate_every": 800,
                 },
             },
-            "latents": {"sizes": SIZES, "max_frames": 17, "batch_frames": 132},
+            "latents": {
+                "area": 0,  # every clip at its own size
+                "max_frames": 17,
+                "batch_pixels": 400_000,
+                "max_shapes": 16,
+                "piece_megabytes": 64.0,
+            },
             "dit": {
                 "model": {
                     "width": 256,
@@ -112,7 +147,7 @@ def get_config() -> ConfigDict:
                     "noisy_given_rate": 0.2,
                 },
                 "text_dropout": 0.1,
-                "pack": {"row_tokens": 144, "rows": 10, "max_segments": 6},
+                "pack": {"lengths": (144,), "rows": 10, "max_segments": 6},
                 "optimizer": {
                     "learning_rate": 1.5e-2,
                     "adam_learning_rate": 2e-3,
@@ -133,7 +168,7 @@ def get_config() -> ConfigDict:
                 "frames": 17,
                 "fps": 10.0,
                 "steps": 12,
-                "guidance_scale": 3.0,
+                "guidance_scale": 2.0,
                 "solver": "euler",
                 "given_frames": 5,
                 "sizes": SIZES,

@@ -24,12 +24,12 @@ def get_config() -> ConfigDict:
     model.channels = (8,) * (len(model.channels) - 1) + (16,)
     model.encoder_blocks = (0,) * (len(model.channels) - 1) + (1,)
     model.decoder_blocks = model.encoder_blocks
-    config.vae.buckets.update(sizes=SIZES, frames=(1, 5), batch_frames=40)
-    config.latents.update(sizes=SIZES, max_frames=13, batch_frames=39)
+    config.vae.buckets.update(sizes=SIZES, step_pixels=40 * 48 * 32, batch_multiple=8)
+    config.latents.update(max_frames=13, batch_pixels=40_000, piece_megabytes=0.01)
 
     config.dit.model.update(width=32, depth=2, heads=2, mlp_hidden=64, unroll=1)
     config.dit.text.update(features=16)
-    config.dit.pack.update(row_tokens=128, rows=8, max_segments=4)
+    config.dit.pack.update(lengths=(128,), rows=8, max_segments=4)
     for section in (config.vae, config.dit):
         section.loop.update(steps=6, log_every=1, checkpoint_every=2, evaluate_every=3)
         section.optimizer.update(warmup_steps=2, decay_steps=2)

@@ -116,6 +116,15 @@ def test_wrong_key_in_an_experiment_file(vidsim, changed, tmp_path, change, word
     assert not workdir.exists()
 
 
+def test_rows_too_short_for_a_latent_are_told_before_anything_is_made(vidsim, changed, tmp_path):
+    workdir = tmp_path / "run"
+    ended = vidsim(
+        "run", f"--config={changed('config.dit.pack.lengths = (3,)')}", f"--workdir={workdir}"
+    )
+    refused(ended, "dit.pack.lengths=(3,)", "use longer rows")
+    assert not workdir.exists()
+
+
 def test_missing_config_file(vidsim, tmp_path):
     path, workdir = tmp_path / "nowhere.py", tmp_path / "run"
     ended = vidsim("run", f"--config={path}", f"--workdir={workdir}")

@@ -1,4 +1,5 @@
 import collections
+import functools
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,107 +10,292 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidsim.data import packing
+from vidsim.data.mixture import Group, Mixture
+from vidsim.data.rows import Samples, cost
 from vidsim.errors import InputError
 
-quick = settings(max_examples=40, deadline=None, derandomize=True)
-CONFIG = packing.Config(row_tokens=32, rows=4, max_segments=3)
-lengths = st.lists(st.integers(1, 32), min_size=1, max_size=80)
+quick = settings(max_examples=8, deadline=None, derandomize=True)
+WIDTH = 8
+
+# Latents, tokens a latent, tokens of text: of a row of 64 tokens, a part or some times as much.
+sample = st.tuples(st.integers(1, 12), st.integers(1, 40), st.integers(1, 4))
+indices = st.lists(sample, min_size=1, max_size=40)
+configs = st.builds(
+    packing.Config, st.sampled_from([(64,), (32, 64)]), st.integers(2, 5), st.integers(2, 20)
+)
 
 
-def rows_of(plan: packing.Plan, steps) -> list:
-    return [row for step in steps for row in plan[step]]
+def samples_of(rows) -> Samples:
+    return Samples(*np.array(rows, int).reshape(-1, 3).T)
+
+
+def plan_of(rows, config: packing.Config, *, seed: int = 0, groups: int = 1) -> packing.Plan:
+    """A plan over samples dealt to `groups` sources of different weights."""
+    groups = min(groups, len(rows))
+    members = [tuple(range(number, len(rows), groups)) for number in range(groups)]
+    mixture = Mixture(
+        [Group(f"source {n}", of, 1.0 + n) for n, of in enumerate(members)], seed=seed
+    )
+    return packing.Plan(samples_of(rows), mixture, config, width=WIDTH)
+
+
+def walk(plan: packing.Plan, blocks: int) -> list[packing.Step]:
+    return [plan[step] for step in range(blocks * plan.block_steps)]
+
+
+def pieces_of(steps) -> list[packing.Piece]:
+    return [piece for step in steps for row in step.rows for piece in row]
 
 
 @quick
-@given(lengths, st.integers(0, 3))
-def test_every_sample_comes_exactly_once_an_epoch(lengths, seed):
-    plan = packing.Plan(lengths, CONFIG, seed=seed)
-    seen = collections.Counter()
-    number = 0
-    while (row := plan.row(number))[0][1] < 3:
-        seen.update(row)
-        number += 1
-    assert seen == {(sample, epoch): 1 for sample in range(len(lengths)) for epoch in range(3)}
+@given(indices, configs, st.integers(0, 3), st.integers(1, 3))
+def test_every_latent_of_every_draw_comes_exactly_once(rows, config, seed, groups):
+    """Blocks hold the draws of the mixture, one after the other, none twice and none left out."""
+    plan = plan_of(rows, config, seed=seed, groups=groups)
+    latents = collections.Counter()
+    for piece in pieces_of(walk(plan, 2)):
+        for latent in range(piece.first, piece.first + piece.latents):
+            latents[piece.sample, piece.epoch, latent] += 1
+    draws = {(sample, epoch) for sample, epoch, _ in latents}
+    assert draws == {plan.mixture[place] for place in range(len(draws))}
+    assert latents == dict.fromkeys(
+        ((sample, epoch, t) for sample, epoch in draws for t in range(rows[sample][0])), 1
+    )
 
 
 @quick
-@given(lengths, st.integers(0, 3))
-def test_no_row_is_overfull(lengths, seed):
-    plan = packing.Plan(lengths, CONFIG, seed=seed)
-    for row in rows_of(plan, range(20)):
-        assert 1 <= len(row) <= CONFIG.max_segments
-        assert sum(lengths[sample] for sample, _ in row) <= CONFIG.row_tokens
+@given(indices, st.integers(0, 3))
+def test_every_sample_comes_exactly_once_an_epoch(rows, seed):
+    plan = plan_of(rows, packing.Config((64,), 4, 20), seed=seed)
+    first = collections.Counter(
+        (piece.sample, piece.epoch) for piece in pieces_of(walk(plan, 2)) if not piece.first
+    )
+    whole = max(epoch for _, epoch in first)  # the last one may go on in the next block
+    assert whole or len(rows) > 100
+    for epoch in range(whole):
+        assert [first[sample, epoch] for sample in range(len(rows))] == [1] * len(rows)
 
 
 @quick
-@given(lengths, st.integers(0, 3), st.permutations(range(8)))
-def test_plan_is_a_pure_function_of_seed_and_step(lengths, seed, order):
-    walked = packing.Plan(lengths, CONFIG, seed=seed)
-    steps = [walked[step] for step in range(8)]
-    jumped = packing.Plan(lengths, CONFIG, seed=seed)
-    assert {step: jumped[step] for step in order} == dict(enumerate(steps))
+@given(indices, configs, st.integers(0, 3))
+def test_no_row_is_overfull_and_no_step_is_empty(rows, config, seed):
+    for step in walk(plan_of(rows, config, seed=seed), 1):
+        assert step.length in config.lengths
+        assert len(step.rows) * step.length == config.tokens
+        assert any(step.rows)
+        for row in step.rows:
+            sizes = [piece.latents * rows[piece.sample][1] + rows[piece.sample][2] for piece in row]
+            assert sum(sizes) <= step.length and len(row) <= config.max_segments
+
+
+@quick
+@given(indices, configs, st.integers(0, 3))
+def test_only_videos_longer_than_a_row_are_cut_and_pieces_are_as_even_as_latents_allow(
+    rows, config, seed
+):
+    found = collections.defaultdict(list)
+    for piece in pieces_of(walk(plan_of(rows, config, seed=seed), 1)):
+        found[piece.sample, piece.epoch].append(piece.latents)
+    longest = config.lengths[-1]
+    for (number, _), pieces in found.items():
+        latents, each, text = rows[number]
+        if latents * each + text <= longest:
+            assert pieces == [latents]
+            continue
+        # Fewer pieces do not fit, and of so many none can be larger than the smallest of these.
+        assert len(pieces) == -(-latents // ((longest - text) // each))
+        assert min(pieces) == latents // len(pieces) and max(pieces) - min(pieces) <= 1
+        # Under half a row only by what is short of a whole latent.
+        assert (min(pieces) + 1) * each + text > longest / 2
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(1, 60), st.just(2), st.just(1)), min_size=1, max_size=40))
+def test_no_piece_is_under_half_a_row_where_latents_are_fine(rows):
+    """Two latents of 2 tokens beside a caption of 1: halves of what is over 64 are at least 32."""
+    for piece in pieces_of(walk(plan_of(rows, packing.Config((64,), 4, 40)), 1)):
+        latents = rows[piece.sample][0]
+        if piece.latents < latents:
+            assert piece.latents * 2 + 1 >= 32
+
+
+@quick
+@given(indices, configs, st.integers(0, 3), st.randoms(use_true_random=False))
+def test_plan_is_a_pure_function_of_seed_and_step(rows, config, seed, random):
+    """So going on at any step is going on as if nothing had been."""
+    walked = plan_of(rows, config, seed=seed, groups=2)
+    steps = walk(walked, 1)
+    order = list(range(len(steps)))
+    random.shuffle(order)
+    jumped = plan_of(rows, config, seed=seed, groups=2)
+    assert {step: jumped[step] for step in order[:20]} == {n: steps[n] for n in order[:20]}
     again = pickle.loads(pickle.dumps(walked))
-    assert [again[step] for step in range(8)] == steps
+    assert again[order[0]] == steps[order[0]]
 
 
-@quick
-@given(lengths, st.integers(0, 3))
-def test_the_rows_do_not_depend_on_how_many_make_a_batch(lengths, seed):
-    """So a run goes on with other hosts, or other batches, in the same order of rows."""
-    plans = [
-        packing.Plan(lengths, packing.Config(32, rows, 3), seed=seed) for rows in (12, 1, 3, 4)
-    ]
-    whole, *others = [rows_of(plan, range(24 // plan.config.rows)) for plan in plans]
-    assert all(rows == whole for rows in others)
+def test_a_late_step_is_planned_without_the_blocks_before_it(monkeypatch):
+    rng = np.random.default_rng(0)
+    rows = [(int(t), int(a), 2) for t, a in rng.integers(1, (9, 20), (99, 2))]
+    plan = plan_of(rows, packing.Config((64,), 4, 20), groups=2)
+    arranged = []
+    real = packing.arrange
+    monkeypatch.setattr(
+        packing, "arrange", lambda *args, **how: arranged.append(1) or real(*args, **how)
+    )
+    late = plan[10**7]
+    assert len(arranged) == 1
+    assert min(piece.epoch for piece in pieces_of([late])) > 10**5
+    # What the block holds is what follows the draws of all blocks before it.
+    block = 10**7 // plan.block_steps
+    drawn = {
+        (piece.sample, piece.epoch)
+        for step in range(block * plan.block_steps, (block + 1) * plan.block_steps)
+        for piece in pieces_of([plan[step]])
+    }
+    after = {
+        (piece.sample, piece.epoch)
+        for step in range((block + 1) * plan.block_steps, (block + 2) * plan.block_steps)
+        for piece in pieces_of([plan[step]])
+    }
+    assert not drawn & after
+    share = plan.mixture.draws[0] / sum(plan.mixture.draws)
+    middle = int(min(epoch for _, epoch in drawn) * len(plan.mixture.groups[0].samples) / share)
+    for found in (drawn, drawn | after):
+        places = [n for n in range(middle - 9000, middle + 9000) if plan.mixture[n] in found]
+        assert len(places) == len(found) and places[-1] - places[0] == len(found) - 1
 
 
 def test_seeds_and_epochs_differ_in_their_order():
     rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 32, 60)
-    plan, other = (packing.Plan(lengths, CONFIG, seed=seed) for seed in (0, 1))
+    rows = [(int(t), 5, 2) for t in rng.integers(1, 12, 60)]
+    plan, other = (plan_of(rows, packing.Config((64,), 4, 20), seed=seed) for seed in (0, 1))
     assert plan[0] != other[0]
     epochs = collections.defaultdict(list)
-    for number in range(100):
-        for sample, epoch in plan.row(number):
-            epochs[epoch].append(sample)
+    for piece in pieces_of(walk(plan, 2)):
+        epochs[piece.epoch].append(piece.sample)
     assert epochs[0] != epochs[1]
 
 
 def test_threads_read_the_plan_that_one_reads():
-    rng = np.random.default_rng(0)
-    lengths = rng.integers(1, 32, 30)
-    alone = packing.Plan(lengths, CONFIG, seed=0)
-    shared = packing.Plan(lengths, CONFIG, seed=0)
-    make_epoch = shared._epoch
+    rows = [(t, 7, 2) for t in range(1, 30)]
+    alone, shared = (plan_of(rows, packing.Config((64,), 4, 20)) for _ in range(2))
+    make_block = shared._block
 
-    def slowly(epoch):
-        time.sleep(0.001)  # another thread comes in while this one makes the epoch
-        return make_epoch(epoch)
+    def slowly(block):
+        time.sleep(0.001)  # another thread comes in while this one makes the block
+        return make_block(block)
 
-    shared._epoch = slowly
+    shared._block = slowly
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(shared.__getitem__, range(40)))
-    assert found == [alone[step] for step in range(40)]
+        found = list(pool.map(shared.__getitem__, range(100)))
+    assert found == [alone[step] for step in range(100)]
 
 
-def test_rows_are_filled():
-    """Short samples stand beside long ones: little of a row is padding."""
+@pytest.fixture(scope="module")
+def lognormal() -> tuple[list, packing.Plan, list[packing.Step]]:
+    """Half images; videos of 2 to 40 latents of 4 to 60 tokens; in rows of 1024 tokens."""
     rng = np.random.default_rng(0)
-    lengths = np.concatenate([rng.integers(60, 110, 300), rng.integers(5, 20, 300)])
-    plan = packing.Plan(lengths, packing.Config(128, 8, 8), seed=0)
-    filled = [
-        sum(lengths[sample] for sample, _ in row) / 128
-        for row in rows_of(plan, range(20))
-        if row[0][1] == 0
-    ]
-    assert np.mean(filled) > 0.8
+    latents = np.clip(np.exp(rng.normal(np.log(8), 0.9, 6000)), 2, 40).astype(int)
+    latents[rng.random(6000) < 0.5] = 1
+    each = np.clip(np.exp(rng.normal(np.log(28), 0.6, 6000)), 4, 200).astype(int)
+    rows = np.stack([latents, each, rng.integers(1, 5, 6000)], axis=1).tolist()
+    config = packing.Config((1024,), 32, 128)
+    mixture = Mixture([Group("all", tuple(range(6000)), 1.0)], seed=0)
+    plan = packing.Plan(samples_of(rows), mixture, config, width=64)
+    return rows, plan, walk(plan, 2)
 
 
-def test_a_sample_longer_than_a_row_is_named():
-    with pytest.raises(InputError, match="sample 1 has 33 tokens, rows have 32; raise"):
-        packing.Plan([5, 33, 7], CONFIG, seed=0)
-    with pytest.raises(InputError, match="no latents to pack"):
-        packing.Plan([], CONFIG, seed=0)
+def test_rows_are_full_cost_alike_and_every_step_has_its_share_of_images(lognormal):
+    rows, plan, steps = lognormal
+    valid, spread, images = [], [], []
+    for step in steps:
+        sizes = [
+            np.array([piece.latents * rows[piece.sample][1] + rows[piece.sample][2] for piece in r])
+            for r in step.rows
+        ]
+        costs = [cost(of_row, 64).sum() for of_row in sizes]
+        valid.append(sum(of_row.sum() for of_row in sizes))
+        spread.append(max(costs) / np.mean(costs))
+        images.append(
+            sum(
+                size
+                for row, of_row in zip(step.rows, sizes, strict=True)
+                for piece, size in zip(row, of_row, strict=True)
+                if rows[piece.sample][0] == 1
+            )
+        )
+    assert np.mean(valid) / plan.config.tokens >= 0.98
+    assert np.mean(spread) <= 1.05
+    share = np.sum(images) / np.sum(valid)
+    found = np.array(images) / np.array(valid) / share
+    assert found.min() >= 0.5 and found.max() <= 2.0
+
+
+def test_rows_at_random_would_not_cost_alike(lognormal):
+    """What the plan is measured against: the same rows, dealt to steps by chance."""
+    rows, plan, steps = lognormal
+    every = [row for step in steps for row in step.rows]
+    costs = np.array(
+        [
+            sum(cost(p.latents * rows[p.sample][1] + rows[p.sample][2], 64) for p in row)
+            for row in every
+        ]
+    )
+    dealt = np.random.default_rng(0).permutation(costs).reshape(-1, plan.config.rows)
+    assert np.mean(dealt.max(1) / dealt.mean(1)) > 1.15
+
+
+def test_short_rows_take_short_samples_and_all_steps_have_as_many_tokens():
+    rng = np.random.default_rng(0)
+    rows = [(int(t), 3, 2) for t in rng.integers(1, 40, 500)]
+    plan = plan_of(rows, packing.Config((32, 128), 4, 40))
+    steps = walk(plan, 2)
+    lengths = collections.Counter(step.length for step in steps)
+    assert lengths[32] and lengths[128]
+    assert {(step.length, len(step.rows)) for step in steps} == {(32, 16), (128, 4)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_handful_of_samples_fills_every_step(count):
+    plan = plan_of([(1, 9, 1), (3, 10, 2), (30, 5, 3)][:count], packing.Config((64,), 8, 8))
+    for step in walk(plan, 2):
+        assert all(step.rows), "a row without a sample"
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_rows_of_all_hosts_are_the_rows_of_one(hosts):
+    """Each host plans the whole step and loads its rows of it."""
+    rows = [(t, 3, 2) for t in range(1, 30)]
+    plans = [plan_of(rows, packing.Config((64,), 4, 20)) for _ in range(hosts)]
+    whole = plan_of(rows, packing.Config((64,), 4, 20))
+    for number in (0, 7, 100):
+        share = 4 // hosts
+        joined = [
+            row
+            for host, plan in enumerate(plans)
+            for row in plan[number].rows[host * share : (host + 1) * share]
+        ]
+        assert joined == whole[number].rows
+
+
+def test_a_latent_longer_than_a_row_is_named():
+    with pytest.raises(InputError, match="sample 1 and its caption have 66 tokens, rows have 64"):
+        plan_of([(5, 3, 1), (2, 65, 1)], packing.Config((64,), 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows", "segments", "message"),
+    [
+        ((), 1, 1, "ascending"),
+        ((64, 32), 1, 1, "ascending"),
+        ((24, 64), 1, 1, "24 does not divide 64"),
+        ((64,), 0, 1, "pack.rows=0"),
+        ((64,), 1, 0, "pack.max_segments=0"),
+    ],
+)
+def test_lengths_that_give_no_static_step_are_refused(lengths, rows, segments, message):
+    with pytest.raises(InputError, match=message):
+        packing.Config(lengths, rows, segments)
 
 
 segments = st.builds(
@@ -137,7 +323,7 @@ def make_segment(words: int, patches: int, seed: int) -> packing.Segment:
 @quick
 @given(st.lists(st.lists(segments, max_size=3), min_size=1, max_size=3))
 def test_no_token_belongs_to_two_segments_and_every_one_is_laid_out(rows):
-    pack = packing.lay_out(rows, CONFIG, patch_values=2)
+    pack = packing.lay_out(rows, length=32, max_segments=3, patch_values=2)
     for b, row in enumerate(rows):
         ids = pack["segment_ids_BL"][b]
         assert set(ids) - {0} == set(range(1, len(row) + 1))
@@ -163,10 +349,11 @@ def test_no_token_belongs_to_two_segments_and_every_one_is_laid_out(rows):
 
 def test_a_pack_has_one_static_shape_whatever_it_holds():
     shapes = {"patches_BLP": (2, 32, 2), "positions_BL3": (2, 32, 3), "sizes_BM3": (2, 3, 3)}
+    lay_out = functools.partial(packing.lay_out, length=32, max_segments=3, patch_values=2)
     floats = ("patches_BLP", "positions_BL3")
     flags = ("is_text_BL", "given_BL")
     for rows in ([[], []], [[make_segment(1, 2, 0)] * 3, []]):
-        for name, array in packing.lay_out(rows, CONFIG, patch_values=2).items():
+        for name, array in lay_out(rows).items():
             assert array.shape == shapes.get(name, (2, 32)), name
             wanted = np.float32 if name in floats else bool if name in flags else np.int32
             assert array.dtype == wanted, name

@@ -1,10 +1,11 @@
-import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from vidsim.data import buckets, latents, packing, pipeline
+from vidsim.data.mixture import Mixture
+from vidsim.data.sources import Mix, groups
 from vidsim.diffusion import conditions
 from vidsim.errors import InputError
 from vidsim.text import tokenizer
@@ -12,8 +13,19 @@ from vidsim.text import tokenizer
 # B batch, T frames, H height, W width, C channels
 
 PIPELINE = pipeline.Config(threads=3, prefetch=2, workers=0, seed=5)
-BUCKETS = buckets.Config(sizes=((16, 16), (24, 16)), frames=(1, 5), batch_frames=20, max_batch=4)
-PACK = packing.Config(row_tokens=40, rows=4, max_segments=3)
+BUCKETS = buckets.Config(
+    sizes=((16, 16), (24, 16)),
+    frames=(1, 5),
+    areas=(),
+    ratios=1,
+    durations=1,
+    clip_tokens=1,
+    step_pixels=20 * 24 * 16,
+    clip_pixels=0,
+    max_batch=4,
+    batch_multiple=4,
+)
+PACK = packing.Config(lengths=(40,), rows=4, max_segments=3)
 CONDITIONS = conditions.Config(0.5, 0.2, 0.5, 0.5)
 
 
@@ -45,22 +57,30 @@ class Clips:
 CLIPS = Clips(20)
 
 
-def pixel_batches(start: int, hosts=(0, 1), *, seed: int = 5):
-    config = pipeline.Config(threads=3, prefetch=2, workers=0, seed=seed)
-    return pipeline.pixels(CLIPS, "train", BUCKETS, config, start=start, hosts=hosts, devices=2)
+def pixel_batches(start: int, hosts=(0, 1), *, seed: int = 5, clips=CLIPS, workers: int = 0):
+    """Batches of one of so many hosts, each of which loads its rows of a batch in four parts."""
+    config = pipeline.Config(threads=3, prefetch=2, workers=workers, seed=seed)
+    shapes = buckets.shapes_of(clips.index, BUCKETS, stride=(4, 8), grid=8)
+    plan = buckets.plan(clips.index, "train", shapes, BUCKETS, mix=Mix(), seed=seed, devices=2)
+    number, count = hosts
+    own = slice(number * 4 // count, (number + 1) * 4 // count)
+    return pipeline.pixels(clips, plan, config, start=start, rows=(own, 4))
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> latents.Latents:
     folder = tmp_path_factory.mktemp("latents")
-    config = latents.Config(sizes=((16, 16), (24, 16)), max_frames=9, batch_frames=20)
+    config = latents.Config(0, 9, batch_pixels=5000, max_shapes=9, piece_megabytes=1.0)
     noise = np.random.default_rng(0)
 
-    def encode(video_BTHWC):
+    def encode(video_BTHWC, sizes_B2):
         B, T, H, W, _ = video_BTHWC.shape
         return noise.normal(size=(B, 1 + (T - 1) // 4, H // 8, W // 8, 3))
 
-    latents.write(folder, CLIPS, encode, config, frames_a_latent=4, mark="m")
+    stride = latents.Stride(frames=4, pixels=8)
+    plan = latents.plan(CLIPS.index, config, stride=stride, channels=3, mark="m")
+    latents.encode(folder, plan, CLIPS, encode)
+    latents.finish(folder, plan)
     return latents.Latents(folder)
 
 
@@ -72,11 +92,9 @@ def words() -> tokenizer.Tokenizer:
 
 @pytest.fixture(scope="module")
 def loader(cache, words):
-    def loader(rows=(0, 1), patch=1, text_dropout=0.3) -> pipeline.LoadPack:
-        samples = tuple(n for n, row in enumerate(cache.index) if row["split"] == "train")
+    def loader(rows=(slice(0, 1), 1), patch=1, text_dropout=0.3) -> pipeline.LoadPack:
         return pipeline.LoadPack(
             latents=cache,
-            samples=samples,
             tokenizer=words,
             pack=PACK,
             conditions=CONDITIONS,
@@ -88,6 +106,21 @@ def loader(cache, words):
         )
 
     return loader
+
+
+@pytest.fixture(scope="module")
+def train(cache) -> list[int]:
+    return [number for number, row in enumerate(cache.index) if row["split"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def plan(cache, words, train) -> packing.Plan:
+    mixture = Mixture(groups(cache.index, train, Mix()), seed=5)
+    return packing.Plan(pipeline.token_counts(cache.index, words, 1), mixture, PACK, width=8)
+
+
+def whole(cache, sample: int, epoch: int) -> packing.Piece:
+    return packing.Piece(sample, epoch, 0, cache.index[sample]["grid"][0])
 
 
 def take(batches, count: int) -> list[dict[str, np.ndarray]]:
@@ -103,29 +136,33 @@ def assert_equal(found: list[dict], expected: list[dict]):
 
 
 @pytest.mark.parametrize("start", [1, 7])
-def test_a_stream_from_step_n_equals_the_uninterrupted_stream_from_n(loader, start):
+def test_a_stream_from_step_n_equals_the_uninterrupted_stream_from_n(loader, plan, start):
     whole = take(pixel_batches(0), 12)
     assert_equal(take(pixel_batches(start), 12 - start), whole[start:])
-    packs = take(pipeline.packs(loader(), PIPELINE, start=0), 12)
-    assert_equal(take(pipeline.packs(loader(), PIPELINE, start=start), 12 - start), packs[start:])
+    packs = take(pipeline.packs(loader(), plan, PIPELINE, start=0), 12)
+    later = take(pipeline.packs(loader(), plan, PIPELINE, start=start), 12 - start)
+    assert_equal(later, packs[start:])
 
 
-def test_rows_of_two_hosts_joined_equal_those_of_one(loader):
-    whole = take(pixel_batches(0), 8)
-    parts = zip(take(pixel_batches(0, (0, 2)), 8), take(pixel_batches(0, (1, 2)), 8), strict=True)
-    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in parts]
-    assert_equal(joined, whole)
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_pixels_of_all_hosts_joined_are_the_same_on_any_number_of_them(hosts):
+    parts = zip(*(take(pixel_batches(0, (n, hosts)), 8) for n in range(hosts)), strict=True)
+    joined = [{"video_BTHWC": np.concatenate([p["video_BTHWC"] for p in of])} for of in parts]
+    assert_equal(joined, take(pixel_batches(0), 8))
 
-    whole = take(pipeline.packs(loader(), PIPELINE, start=0), 8)
-    hosts = [take(pipeline.packs(loader((n, 2)), PIPELINE, start=0), 8) for n in range(2)]
+
+def test_rows_of_two_hosts_joined_equal_those_of_one(loader, plan):
+    whole = take(pipeline.packs(loader(), plan, PIPELINE, start=0), 8)
+    loads = [loader((slice(n, n + 1), 2)) for n in range(2)]
+    hosts = [take(pipeline.packs(load, plan, PIPELINE, start=0), 8) for load in loads]
     joined = [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*hosts, strict=True)]
     assert_equal(joined, whole)
 
 
-def test_the_number_of_threads_does_not_change_the_stream(loader):
+def test_the_number_of_threads_does_not_change_the_stream(loader, plan):
     one = pipeline.Config(threads=1, prefetch=1, workers=0, seed=5)
     many = pipeline.Config(threads=8, prefetch=4, workers=0, seed=5)
-    streams = [take(pipeline.packs(loader(), config, start=0), 20) for config in (one, many)]
+    streams = [take(pipeline.packs(loader(), plan, config, start=0), 20) for config in (one, many)]
     assert_equal(*streams)
 
 
@@ -154,17 +191,15 @@ def test_another_seed_is_another_stream():
     )
 
 
-def test_a_segment_is_its_latents_its_caption_and_its_place(loader, cache, words):
+def test_a_segment_is_its_latents_its_caption_and_its_place(loader, cache, words, train):
     load = loader(text_dropout=0.0)
     captions_seen = set()
-    for sample, epoch in itertools.product(range(len(load.samples)), range(6)):
-        segment = load.segment(sample, epoch)
-        row = cache.index[load.samples[sample]]
+    for sample, epoch in itertools.product(train, range(6)):
+        segment = load.segment(whole(cache, sample, epoch))
+        row = cache.index[sample]
         t, h, w = row["grid"]
         assert segment.patches_LP.shape == (t * h * w, 3)
-        np.testing.assert_array_equal(
-            segment.patches_LP.reshape(t, h, w, 3), cache[load.samples[sample]]
-        )
+        np.testing.assert_array_equal(segment.patches_LP.reshape(t, h, w, 3), cache[sample])
         # Rotary units: a time is six to the second; latent 1 stands at 2.5 frames.
         times = segment.positions_L3.reshape(t, h * w, 3)[:, 0, 0]
         expected = np.where(np.arange(t) == 0, 0.0, np.arange(t) * 4 - 1.5) / row["fps"] * 6
@@ -177,32 +212,59 @@ def test_a_segment_is_its_latents_its_caption_and_its_place(loader, cache, words
         # A latent is given, or not, as a whole.
         for flags in (segment.given_L, segment.time_index_L):
             assert (flags.reshape(t, -1) == flags.reshape(t, -1)[:, :1]).all()
-    assert len(captions_seen) > len(load.samples), "every caption has its turn"
+    assert len(captions_seen) > len(train), "every caption has its turn"
 
 
-def test_a_coarser_patch_folds_squares_of_latents(loader, cache):
+def test_a_piece_is_a_stretch_of_its_clip_at_its_own_times(loader, cache, train):
+    load = loader(text_dropout=0.0)
+    clip = next(n for n in train if cache.index[n]["grid"][0] == 3)
+    t, h, w = cache.index[clip]["grid"]
+    entire = load.segment(packing.Piece(clip, 0, 0, t))
+    for first, count in ((0, 1), (0, 2), (1, 2), (2, 1)):
+        piece = load.segment(packing.Piece(clip, 0, first, count))
+        of_piece = slice(first * h * w, (first + count) * h * w)
+        np.testing.assert_array_equal(piece.patches_LP, entire.patches_LP[of_piece])
+        np.testing.assert_array_equal(piece.positions_L3, entire.positions_L3[of_piece])
+        assert piece.size == (count, *entire.size[1:])
+        assert len(piece.given_L) == len(piece.time_index_L) == count * h * w
+
+
+def test_pieces_of_a_clip_draw_their_own_conditions(loader, cache, train):
+    load = loader()
+    clip = next(n for n in train if cache.index[n]["grid"][0] == 3)
+    drawn = [
+        [load.segment(packing.Piece(clip, epoch, first, 2)) for epoch in range(40)]
+        for first in (0, 1)
+    ]
+    one, other = ([tuple(segment.time_index_L) for segment in of] for of in drawn)
+    assert one != other
+    again = [tuple(load.segment(packing.Piece(clip, n, 1, 2)).time_index_L) for n in range(40)]
+    assert again == other
+
+
+def test_a_coarser_patch_folds_squares_of_latents(loader, cache, train):
     load = loader(patch=2)
-    square = next(n for n, s in enumerate(load.samples) if cache.index[s]["grid"][1:] == [2, 2])
-    segment = load.segment(square, 0)
-    t = cache.index[load.samples[square]]["grid"][0]
+    square = next(n for n in train if cache.index[n]["grid"][1:] == [2, 2])
+    segment = load.segment(whole(cache, square, 0))
+    t = cache.index[square]["grid"][0]
     assert segment.patches_LP.shape == (t, 12) and segment.positions_L3.shape == (t, 3)
     # The middle of 16 pixels, in units of 16 pixels.
     np.testing.assert_array_equal(segment.positions_L3[:, 1:], 0.5)
 
 
-def test_text_is_dropped_in_its_share(loader, words):
+def test_text_is_dropped_in_its_share(loader, cache, train):
     load = loader(text_dropout=0.3)
-    captioned = [n for n, s in enumerate(load.samples) if load.latents.index[s]["captions"]]
-    draws = [load.segment(n, epoch).text_ids for n in captioned for epoch in range(60)]
+    captioned = [n for n in train if cache.index[n]["captions"]]
+    draws = [load.segment(whole(cache, n, e)).text_ids for n in captioned for e in range(60)]
     dropped = np.mean([ids == [tokenizer.NULL] for ids in draws])
     # Four standard deviations of a binomial; the draws are fixed by their seeds.
     assert abs(dropped - 0.3) < 4 * (0.3 * 0.7 / len(draws)) ** 0.5
 
 
-def test_every_sample_comes_once_an_epoch_and_fits(loader, cache, words):
+def test_packs_hold_their_segments_from_the_left(loader, cache, words, plan, train):
     """Reserved lengths hold whichever caption is drawn: no pack overflows."""
     load = loader(text_dropout=0.0)
-    found = take(pipeline.packs(load, PIPELINE, start=0), 30)
+    found = take(pipeline.packs(load, plan, PIPELINE, start=0), 30)
     for pack in found:
         ids = pack["segment_ids_BL"]
         # Segments stand one after the other from the left, and padding at the end.
@@ -210,15 +272,15 @@ def test_every_sample_comes_once_an_epoch_and_fits(loader, cache, words):
             names = [name for name, _ in itertools.groupby(row[row > 0])]
             assert names == list(range(1, len(names) + 1))
             assert (row[: np.count_nonzero(row)] > 0).all()
-    lengths = [pipeline.token_length(cache.index[n], words, 1) for n in load.samples]
-    longest = [
-        max(len(load.segment(s, e).text_ids) for e in range(20)) for s in range(len(lengths))
-    ]
-    patches = [len(load.segment(s, 0).patches_LP) for s in range(len(lengths))]
-    assert all(a + b <= n for a, b, n in zip(longest, patches, lengths, strict=True))
+    counts = pipeline.token_counts(cache.index, words, 1)
+    for sample in train:
+        drawn = [load.segment(whole(cache, sample, epoch)) for epoch in range(20)]
+        assert max(len(segment.text_ids) for segment in drawn) <= counts.text_tokens[sample]
+        patches = counts.latents[sample] * counts.latent_tokens[sample]
+        assert {len(segment.patches_LP) for segment in drawn} == {patches}
 
 
-def test_a_clip_longer_than_a_row_is_an_error(loader):
-    load = dataclasses.replace(loader(), pack=packing.Config(8, 4, 3))
+def test_a_latent_longer_than_a_row_is_an_error(cache, words, plan):
+    counts = pipeline.token_counts(cache.index, words, 1)
     with pytest.raises(InputError, match="tokens, rows have 8"):
-        pipeline.packs(load, PIPELINE, start=0)
+        packing.Plan(counts, plan.mixture, packing.Config((8,), 4, 3), width=8)

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from vidsim.data import prepare, records, video
+from vidsim.data import clips, filters, isolated, listing, prepare, records, video
 from vidsim.errors import InputError
 from vidsim.files import read_json, read_jsonl, write_jsonl
 
@@ -55,15 +55,16 @@ def source(tmp_path_factory) -> pathlib.Path:
 
 
 def run(source, out, **changes) -> dict:
-    config = prepare.Config(str(source), str(out), max_seconds=3.0, validation_share=0.3)
-    return prepare.prepare(prepare.dataclasses.replace(config, **changes))
+    settings = {"max_seconds": 3.0, "validation_share": 0.3, "filters": filters.OFF} | changes
+    return prepare.prepare(prepare.Config(str(source), str(out), **settings))
 
 
 @pytest.fixture(scope="module")
 def prepared(source, tmp_path_factory) -> pathlib.Path:
     out = tmp_path_factory.mktemp("prepared") / "shards"
     totals = run(source, out)
-    assert totals == {"clips": 4, "images": 1, "quarantined": 6, "out": str(out)}
+    counts = {"clips": 4, "images": 1, "filtered": 0, "quarantined": 7}
+    assert totals == counts | {"out": str(out)}
     return out
 
 
@@ -75,24 +76,27 @@ def test_every_file_is_accounted_for(prepared):
     manifest = read_json(prepared / "manifest.json")
     fates = {file: row["fate"] for file, row in manifest["files"].items()}
     assert fates == {
-        "b.mp4": "video",
-        "a/deep/c.mp4": "video",
-        "long.mp4": "video",
-        "picture.png": "image",
+        "b.mp4": "kept",
+        "a/deep/c.mp4": "kept",
+        "long.mp4": "split",
+        "picture.png": "kept",
         "small.mp4": "quarantined",
         "cut.mp4": "quarantined",
         "empty.mp4": "quarantined",
         "text.mp4": "quarantined",
         "program.exe": "quarantined",
+        "folder.mp4": "quarantined",
         "gone.mp4": "quarantined",
         "README.md": "ignored",
         "notes.txt": "ignored",
         ".hidden.mp4": "ignored",
         ".cache/": "ignored",
-        "captions.jsonl": "ignored",
-        "a/deep/captions.jsonl": "ignored",
+        "captions.jsonl": "captions",
+        "a/deep/captions.jsonl": "captions",
     }
-    assert manifest["ignored"] == 6
+    assert manifest["ignored"] == 4
+    kinds = {row["kind"] for row in manifest["files"].values() if row["fate"] == "split"}
+    assert kinds == {"video"} and manifest["files"]["picture.png"]["kind"] == "image"
     listed = [clip for row in manifest["files"].values() for clip in row.get("clips", ())]
     assert sorted(listed) == sorted(row["id"] for row in records.Shards(prepared).index)
 
@@ -102,6 +106,7 @@ def test_broken_files_go_to_quarantine_with_their_reason(prepared):
     assert reasons.pop("cut.mp4").startswith("breaks off")
     assert "smaller than min_side=16" in reasons.pop("small.mp4")
     assert "empty" in reasons.pop("empty.mp4")
+    assert reasons.pop("folder.mp4") == "is a directory"
     assert reasons.pop("gone.mp4") == "cannot be opened: No such file or directory"
     assert set(reasons) == {"text.mp4", "program.exe"}
     assert all("cannot be read as a video" in reason for reason in reasons.values())
@@ -130,7 +135,7 @@ def test_same_input_gives_the_same_bytes(source, prepared, tmp_path):
 
 def test_a_complete_folder_is_left_alone(source, prepared, monkeypatch):
     before = {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()}
-    monkeypatch.setattr(prepare, "examine", None)  # nothing is decoded again
+    monkeypatch.setattr(isolated, "shared", None)  # nothing is decoded again
     assert run(source, prepared)["clips"] == 4
     assert {path.name: path.stat().st_mtime_ns for path in prepared.iterdir()} == before
 
@@ -158,7 +163,6 @@ def test_captions_are_checked_before_any_work(tmp_path):
             '{"file": "b.mp4", "caption": "x"}',
             r"line 2 has a caption for 'b\.mp4', which is no file",
         ),
-        ('{"file": "a.mp4", "caption": "x"', "line 2 is not JSON"),
         ('{"file": "a.mp4"}', "line 2 is not a row"),
         ('["a.mp4", "x"]', "line 2 is not a row"),
         ('{"file": 3, "caption": "x"}', "line 2 is not a row"),
@@ -176,18 +180,35 @@ def test_a_caption_may_hold_every_character(tmp_path):
     """A row ends at a newline only, although Unicode knows more ends of lines."""
     text = "one\u2028two\u2029three\x85four"
     write_jsonl(tmp_path / "captions.jsonl", [{"file": "a.mp4", "caption": text}] * 2)
-    captions = prepare.read_captions(tmp_path, ["a.mp4"], ["captions.jsonl"])
-    assert captions == {"a.mp4": ((text, "given"),) * 2}
+    captions = listing.read_captions(tmp_path, ["a.mp4"], ["captions.jsonl"])
+    assert captions.of == {"a.mp4": ((text, "given"),) * 2}
 
 
-def test_captions_that_cannot_be_read_are_named(tmp_path):
+def test_rows_of_captions_that_cannot_be_read_go_to_quarantine_and_their_files_stay(tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in "abc":
+        video.write_video(folder / f"{name}.mp4", frames(), 8)
+    rows = [f'{{"file": "{name}.mp4", "caption": "größe"}}' for name in "abc"]
+    lines = [rows[0].encode(), rows[1].encode("latin-1"), rows[2].encode()[:-3], b""]
+    (folder / "captions.jsonl").write_bytes(b"\n".join(lines))
+    assert run(folder, out)["clips"] == 3
+    captions = {row["source"]: row["captions"] for row in records.Shards(out).index}
+    assert captions == {"a.mp4": [["größe", "given"]], "b.mp4": [], "c.mp4": []}
+    broken, torn = read_jsonl(out / "quarantine.jsonl")
+    place = rows[1].index("ö")
+    assert broken["file"] == "captions.jsonl" and broken["line"] == 2
+    assert broken["reason"] == f"is not UTF-8: byte 0xf6 at byte {place}"
+    assert torn["line"] == 3 and torn["reason"].startswith("is not JSON")
+    manifest = read_json(out / "manifest.json")
+    assert manifest["caption_rows_quarantined"] == 2
+    assert [row["line"] for row in manifest["files"]["captions.jsonl"]["quarantined"]] == [2, 3]
+
+
+def test_captions_of_which_no_row_can_be_read_are_an_error(tmp_path):
     folder = tmp_path / "in"
     video.write_video(folder / "a.mp4", frames(), 8)
-    row = '{"file": "a.mp4", "caption": "größe"}\n'
-    (folder / "captions.jsonl").write_bytes(row.encode() + row.encode("latin-1"))
-    place = len(row.encode()) + row.index("ö")
-    message = rf"captions\.jsonl line 2 is not UTF-8: byte 0xf6 at offset {place} .*; save"
-    with pytest.raises(InputError, match=message):
+    (folder / "captions.jsonl").write_bytes('{"file": "a.mp4", "caption": "x"}\n'.encode("utf-16"))
+    with pytest.raises(InputError, match=r"no row of .*captions\.jsonl can be read: line 1 is not"):
         run(folder, tmp_path / "out")
     (folder / "captions.jsonl").unlink()
     (folder / "captions.jsonl").symlink_to("nowhere")
@@ -249,46 +270,147 @@ def test_when_nothing_decodes_the_reasons_are_told_and_nothing_is_left(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_decoder_that_fails_as_nobody_foresaw_does_not_stop_the_others(tmp_path, monkeypatch):
-    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
-    video.write_video(tmp_path / "in" / "b.mp4", frames(), 8)
-    check = video.check
-    calls = []
+def test_a_decoder_that_fails_as_nobody_foresaw_is_a_reason(tmp_path, monkeypatch):
+    video.write_video(tmp_path / "a.mp4", frames(), 8)
 
-    def fail_once(source):
-        calls.append(source)
-        if len(calls) == 1:
-            raise OverflowError("too\nlarge")
-        return check(source)
+    def fail(source):
+        raise OverflowError("too\nlarge")
 
-    monkeypatch.setattr(video, "check", fail_once)
-    assert run(tmp_path / "in", tmp_path / "out")["quarantined"] == 1
+    monkeypatch.setattr(video, "walk", fail)
+    finding, _ = clips.examine(tmp_path, "a.mp4", prepare.Config("", ""))
+    assert finding.reason == "cannot be read: OverflowError: too large"
+    assert finding.kind == "quarantined"
+
+
+def test_a_file_that_kills_the_decoder_does_not_stop_the_others(tmp_path, monkeypatch):
+    for name in "abc":
+        video.write_video(tmp_path / "in" / f"{name}.mp4", frames(), 8)
+    child = isolated.Child()
+    call = child.call
+
+    def deadly(function, folder, file, config, *, patience):
+        if file == "b.mp4":
+            return call(os.kill, child._process.pid, 11, patience=patience)
+        return call(function, folder, file, config, patience=patience)
+
+    monkeypatch.setattr(child, "call", deadly)
+    monkeypatch.setattr(isolated, "shared", lambda: child)
+    totals = run(tmp_path / "in", tmp_path / "out")
+    child.close()
+    assert (totals["clips"], totals["quarantined"]) == (2, 1)
     (row,) = read_jsonl(tmp_path / "out" / "quarantine.jsonl")
-    assert row == {"file": "a.mp4", "reason": "cannot be read: OverflowError: too large"}
+    assert row == {"file": "b.mp4", "reason": "crashed the decoder (SIGSEGV)"}
+
+
+# Prepares with units of one file; kills itself when so many of them are done.
+KILLED = """
+import os, sys
+from vidsim.data import filters, prepare
+folder, out, units = sys.argv[1:]
+prepare._UNIT_FILES = 1
+examine_unit = prepare.examine_unit
+def examine(work, config, unit):
+    if unit["number"] == int(units):
+        os.kill(os.getpid(), 9)
+    return examine_unit(work, config, unit)
+prepare.examine_unit = examine
+prepare.prepare(prepare.Config(folder, out, max_seconds=3.0, validation_share=0.3,
+                               filters=filters.OFF))
+"""
+
+
+def test_killed_preparing_goes_on_where_it_stopped(
+    source, prepared, new_process, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    killed = new_process("-c", KILLED, source, out, 5)
+    assert killed.code == -9, killed.stderr
+    assert not out.exists()
+
+    examined = []
+    child = isolated.Child()
+
+    def shared():
+        return child
+
+    def remember(function, folder, file, *arguments, **settings):
+        examined.append(file)
+        return isolated.Child.call(child, function, folder, file, *arguments, **settings)
+
+    child.call = remember
+    monkeypatch.setattr(isolated, "shared", shared)
+    monkeypatch.setattr(prepare, "_UNIT_FILES", 1)
+    run(source, out)
+    child.close()
+    media, _ = listing.list_files(source)
+    assert examined == media[5:]
+    assert contents(out) == contents(prepared)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_was_killed_with_another_config_is_done_again(source, prepared, new_process, tmp_path):
+    killed = new_process("-c", KILLED, source, tmp_path / "out", 9)
+    assert killed.code == -9, killed.stderr
+    (work,) = tmp_path.iterdir()
+    (findings,) = work.glob("findings-000000.jsonl")
+    findings.write_text("no longer true")
+    run(source, tmp_path / "out", validation_share=0.5)
+    ids = [row["id"] for row in records.Shards(tmp_path / "out").index]
+    assert sorted(ids) == sorted(row["id"] for row in records.Shards(prepared).index)
+
+
+def test_two_processes_do_not_prepare_the_same_folder_at_once(source, tmp_path):
+    work = tmp_path / ".out.work"
+    with prepare._held(work, {}), pytest.raises(InputError, match="another process is at work"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_filters_that_drop_everything_are_named_and_nothing_is_left(tmp_path):
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    strict = filters.Filters(min_seconds=2.0)
+    with pytest.raises(
+        InputError, match=r"all 1 clips .* a\.mp4#0000: min_seconds of 1 at a bound"
+    ):
+        run(tmp_path / "in", tmp_path / "out", filters=strict)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_units_are_even_in_bytes_and_not_too_many(tmp_path, monkeypatch):
+    for i in range(40):
+        (tmp_path / f"{i:02d}").write_bytes(bytes(1000 if i % 4 else 3000))
+    media, _ = listing.list_files(tmp_path)
+    monkeypatch.setattr(prepare, "_UNIT_BYTES", 4000)
+    units = prepare.plan_units(tmp_path, media)
+    assert [file for unit in units for file in unit["files"]] == media
+    assert {len(unit["files"]) for unit in units[:-1]} <= {2, 3, 4}
+    assert [unit["number"] for unit in units] == list(range(len(units)))
+    monkeypatch.setattr(prepare, "_MANY_UNITS", 5)
+    assert len(prepare.plan_units(tmp_path, media)) <= 10
 
 
 def test_split_of_a_file_does_not_depend_on_the_others():
     sources = [f"{i}.mp4" for i in range(400)]
-    splits = prepare.split_sources(sources, 0.25)
+    splits = clips.split_sources(sources, 0.25)
     assert 70 < list(splits.values()).count("validation") < 130
-    fewer = prepare.split_sources(sources[::3], 0.25)
+    fewer = clips.split_sources(sources[::3], 0.25)
     assert all(splits[source] == split for source, split in fewer.items())
-    assert splits["0.mp4"] == prepare.split_sources(sources[::-1], 0.25)["0.mp4"]
+    assert splits["0.mp4"] == clips.split_sources(sources[::-1], 0.25)["0.mp4"]
 
 
 @pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
 def test_two_files_reach_both_splits(share):
-    splits = prepare.split_sources(["a.mp4", "b.mp4"], share)
+    splits = clips.split_sources(["a.mp4", "b.mp4"], share)
     assert sorted(splits.values()) == ["train", "validation"]
-    assert set(prepare.split_sources(["a.mp4", "b.mp4"], 0.0).values()) == {"train"}
+    assert set(clips.split_sources(["a.mp4", "b.mp4"], 0.0).values()) == {"train"}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
 def test_there_is_always_something_to_train_on(share):
     for i in range(50):
-        assert prepare.split_sources([f"{i}.mp4"], share) == {f"{i}.mp4": "train"}
-        assert "train" in prepare.split_sources([f"{i}.mp4", f"{i}.png"], share).values()
-    assert prepare.split_sources([], share) == {}
+        assert clips.split_sources([f"{i}.mp4"], share) == {f"{i}.mp4": "train"}
+        assert "train" in clips.split_sources([f"{i}.mp4", f"{i}.png"], share).values()
+    assert clips.split_sources([], share) == {}
 
 
 def test_clips_of_a_file_are_in_one_split(prepared):
@@ -300,7 +422,7 @@ def test_clips_of_a_file_are_in_one_split(prepared):
 def test_folders_that_link_to_each_other_are_walked_once(tmp_path):
     video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
     (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
-    media, _ = prepare.list_files(tmp_path / "in")
+    media, _ = listing.list_files(tmp_path / "in")
     assert media == ["a.mp4"]
 
 
@@ -314,7 +436,7 @@ def test_the_command_line_returns_the_totals(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flags, "FLAGS", values)
         patch.setattr(command, "FLAGS", values)
-        for name in ("DEFINE_string", "DEFINE_float"):
+        for name in ("DEFINE_string", "DEFINE_float", "DEFINE_bool", "DEFINE_integer"):
             define = getattr(flags, name)
             patch.setattr(
                 flags, name, lambda *a, define=define, **k: define(*a, flag_values=values, **k)
@@ -325,6 +447,7 @@ def test_the_command_line_returns_the_totals(tmp_path):
     assert json.loads(json.dumps(totals)) == {
         "clips": 1,
         "images": 0,
+        "filtered": 0,
         "quarantined": 0,
         "out": str(tmp_path / "out"),
     }

@@ -88,6 +88,12 @@ def test_two_processes_are_one_mesh(tmp_path):
                     multihost.run_once(fn, "fails")
                 except Exception as error:
                     errors.append(f"{type(error).__name__}: {error}")
+            multihost.run_everywhere(lambda: calls.append(2), "both")
+            assert calls[-1] == 2
+            try:
+                multihost.run_everywhere(broken if jax.process_index() else list, "one fails")
+            except Exception as error:
+                errors.append(f"{type(error).__name__}: {error}")
             try:
                 multihost.local_rows(made, P(("replica", "fsdp")), 15)
             except InputError as error:
@@ -122,6 +128,7 @@ def test_two_processes_are_one_mesh(tmp_path):
     assert "OSError: disk full" in logs[0]
     assert "RuntimeError: process 0 failed in 'fails': OSError: disk full" in logs[1]
     assert "RuntimeError: process 0 failed in 'fails': TypeError" in logs[1]
+    assert "RuntimeError: process 1 failed in 'one fails': OSError: disk full" in logs[0]
 
 
 @pytest.mark.parametrize("code", [2, 75])

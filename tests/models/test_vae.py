@@ -53,6 +53,19 @@ def params():
     return jax.tree.map(one, nnx.to_pure_dict(ABSTRACT))
 
 
+def test_padding_changes_no_latent_of_what_is_padded(params):
+    """A clip of 8 x 4 in 8 x 12, and 5 frames in 9: the padding is loud, and is not heard."""
+    clip = VIDEO[:, :5, :, :4]
+    padded = np.full((2, 9, 8, 12, 3), 50.0, np.float32)
+    padded[0, :5, :, :4] = clip
+    sizes = np.array([[8, 4], [8, 12]], np.int32)
+    masked = jit(lambda params, video, sizes: nnx.merge(GRAPH, params).posterior(video, sizes))
+    for found, alone in zip(masked(params, padded, sizes), posterior(params, clip), strict=True):
+        np.testing.assert_allclose(found[:1, :2, :, :1], alone, **ORDER_OF_SUMS)
+    heard = posterior(params, padded)[0][:1, :2, :, :1]
+    assert np.abs(heard - posterior(params, clip)[0]).max() > 0.1, "there is something to keep out"
+
+
 def test_future_frames_do_not_change_past_latents(params):
     gradient = jit(jax.grad(lambda video, k: jnp.sum(jnp.square(encoder(params, video)[0][:, k]))))
     for k in range(3):

@@ -67,6 +67,8 @@ def test_lone_slurm_task_of_a_node_sees_all_its_devices(
 def test_run_once_gives_what_json_keeps():
     assert multihost.run_once(lambda: {"pair": (1, 2)}, "x") == {"pair": [1, 2]}
     multihost.barrier("x")
+    with pytest.raises(ZeroDivisionError):
+        multihost.run_everywhere(lambda: 1 / 0, "x")
 
 
 def test_batch_goes_to_the_mesh_and_back():

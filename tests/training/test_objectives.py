@@ -12,7 +12,6 @@ from vidsim.training import objectives
 
 # B batch (rows), L tokens, P patch values, M segments a row
 
-PACK = packing.Config(row_tokens=64, rows=2, max_segments=4)
 P = 16
 TIMES = time_sampling.Config(mean=0.0, std=1.0, shift_min=1.0, shift_max=16.0)
 LOSS = objectives.DiTLoss(t_min=0.05, noisy_given_max=0.3)
@@ -43,7 +42,7 @@ def pack() -> dict[str, np.ndarray]:
         [segment(0, 20, 8), segment(1, 24, 0)],
         [segment(2, 12, 4, time_of_given=2), segment(3, 9, 0), segment(4, 5, 1)],
     ]
-    return packing.lay_out(rows, PACK, P)
+    return packing.lay_out(rows, length=64, max_segments=4, patch_values=P)
 
 
 class Says(nnx.Module):

@@ -6,8 +6,10 @@ import textwrap
 import pytest
 
 from vidsim import files
-from vidsim.data import buckets, prepare
+from vidsim.data import index, prepare
 from vidsim.data.records import Shards
+from vidsim.errors import InputError
+from vidsim.stages.run import Run
 
 # `vidsim`, sent SIGNAL by itself as soon as the metrics of STEP are written.
 SIGNALLED = """
@@ -71,21 +73,85 @@ def test_stopped_and_killed_run_equals_uninterrupted_run(
     assert rows(workdir, model) == rows(tiny.workdir, model)
 
 
-def test_other_data_in_the_same_folder_are_refused(tiny, config, vidsim, tmp_path):
-    workdir = tiny.copy(tmp_path / "run", "vae")
+def prepare_again(workdir, files_of, tmp_path):
+    """New shards of `files_of` in `workdir`, as a user makes them who changed a folder."""
     world = tmp_path / "world"
-    world.mkdir()
-    for file in sorted((tiny.workdir / "world").glob("*_0000[0-7].*")):
+    world.mkdir(exist_ok=True)
+    for file in files_of:
         shutil.copy(file, world)
     made = prepare.Config(input=str(world), out=str(workdir / "shards"), validation_share=0.25)
     prepare.prepare(made)
+
+
+def test_other_data_in_the_same_folder_are_refused(tiny, config, vidsim, tmp_path):
+    workdir = tiny.copy(tmp_path / "run", "vae")
+    files_of = sorted((tiny.workdir / "world").glob("*_0000[0-7].*"))
+    prepare_again(workdir, files_of, tmp_path)
     train = ("train", f"--config={config}", f"--workdir={workdir}", "--model=vae")
     before = rows(workdir, "vae")
     ended = vidsim(*train)
     assert ended.code == 2
-    for folder in (tiny.workdir, workdir):
-        assert buckets.index_hash(Shards(folder / "shards").index) in ended.stderr
+    old, new = (Shards(folder / "shards").index for folder in (tiny.workdir, workdir))
+    for found in (old, new):
+        assert index.summary(found, captions=False).hash in ended.stderr
+    gone = [row["id"] for row in old if row["id"] not in {row["id"] for row in new}]
+    assert f"{len(gone)} records removed ({', '.join(gone[:3])}, ...)" in ended.stderr
+    assert "set data.on_change=restart_epoch to go on from step 6" in ended.stderr
     assert rows(workdir, "vae") == before
+
+
+def test_with_restart_epoch_a_run_goes_on_with_other_data_and_says_so(
+    tiny, config, vidsim, tmp_path
+):
+    workdir = tiny.copy(tmp_path / "run", "vae", "config.json")
+    for step in checkpoints(workdir, "vae")[1:]:
+        shutil.rmtree(workdir / "vae" / "checkpoints" / str(step))
+    (step,) = checkpoints(workdir, "vae")
+    kept = [row for row in rows(workdir, "vae") if row["step"] <= step]
+    files_of = sorted((tiny.workdir / "world").glob("*_0000[0-9].*"))
+    prepare_again(workdir, files_of, tmp_path)
+    now = Shards(workdir / "shards").index
+    train = ("train", f"--config={config}", f"--workdir={workdir}", "--model=vae")
+
+    refused = vidsim(*train)
+    assert refused.code == 2 and "records removed" in refused.stderr
+    ended = vidsim(*train, "--config.data.on_change=restart_epoch")
+    assert ended.summary["steps"] == 6
+    assert ended.stderr.count(f"vae goes on from step {step} with other data") == 1
+    found = rows(workdir, "vae")
+    removed = len(Shards(tiny.workdir / "shards").index) - len(now)
+    note = {"step": step, "records_added": 0, "records_removed": removed, "records_changed": 0}
+    assert found[: len(kept) + 1] == [*kept, note]
+    assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5, 6]
+
+    # The checkpoint is now one of the new data: nothing is other than in it, nothing is said.
+    (workdir / "stages.json").unlink()
+    again = vidsim(*train, "--config.data.on_change=restart_epoch")
+    assert again.summary == ended.summary
+    assert "with other data" not in again.stderr
+    assert vidsim(*train).code == 0, "the policy itself may change in the same folder"
+
+
+def test_a_data_set_joins_a_run_with_restart_epoch_alone(tiny, tmp_path):
+    workdir = tiny.copy(tmp_path / "run", "config.json", "stages.json", "world")
+    before = files.read_json(workdir / "config.json")
+
+    def claim(on_change: str, **changes) -> None:
+        sources = [
+            {"name": name, "input": str(workdir / "world"), "weight": 1.0} for name in ("a", "b")
+        ]
+        data = {**before["data"], "sources": sources, "on_change": on_change}
+        Run({**before, "data": data, **changes}, workdir).claim_folder()
+
+    with pytest.raises(InputError, match=r"another config \(data.sources: \[\] -> .*'name': 'a'"):
+        claim("error")
+    with pytest.raises(InputError, match=r"another config \(seed: 0 -> 1\)"):
+        claim("restart_epoch", seed=1)
+    claim("restart_epoch")
+    assert len(files.read_json(workdir / "config.json")["data"]["sources"]) == 2
+    noted = files.read_json(workdir / "stages.json")
+    # The autoencoder and the tokenizer stay; what is made of the clips is looked at again.
+    assert [name for name in noted if noted[name]["complete"]] == ["worlds", "tokenizer", "vae"]
 
 
 def test_another_config_in_the_same_folder_is_refused(tiny, config, vidsim):

@@ -4,8 +4,8 @@ import textwrap
 
 import pytest
 
-# Prints a JSON line: of each mesh the losses, the largest difference of the parameters and of their
-# average from those of one device, and into how many parts arrays are split.
+# Prints a JSON line: of each mesh the losses, the root mean square difference of the parameters and
+# of their average from those of one device, and into how many parts arrays are split.
 CODE = """
     import json, sys
     import jax, numpy as np
@@ -40,7 +40,8 @@ CODE = """
 
     def difference(one, other):
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-        return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs)
+        squares = [np.square(np.asarray(a, float) - np.asarray(b, float)).ravel() for a, b in pairs]
+        return float(np.sqrt(np.mean(np.concatenate(squares))))
 
     def parts(tree):
         leaves = jax.tree.leaves(tree)
@@ -69,7 +70,8 @@ def test_sharded_equals_single_device(tiny, new_process, model):
     for name, parts in {"fsdp": 8, "both": 4}.items():
         mesh = found["meshes"][name]
         assert mesh["parts"] == [parts] * 3, "parameters, average and moments are split"
-        # Devices sum gradients in another order than one does: 1e-7 of each in float32, and Muon
-        # divides by the gradient's size, so that of a step a few times more may differ.
+        # Devices sum gradients in another order than one does: 1e-7 of each in float32. Muon and
+        # Adam divide by the gradient's size, so where its sum nearly cancels more may differ: the
+        # mean over all parameters is what is bounded.
         assert mesh["losses"] == pytest.approx(found["losses"], rel=1e-6)
-        assert max(mesh["params"], mesh["ema"]) < 1e-4 * found["moved"]
+        assert max(mesh["params"], mesh["ema"]) < 2e-5 * found["moved"]

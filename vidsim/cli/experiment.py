@@ -20,11 +20,16 @@ def define_flags() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
 
 
-def open_run() -> Run:
-    """Opens the work folder, for all processes of the run."""
+def read_run() -> Run:
+    """The experiment over what is in the work folder, which need not have begun with it."""
     # Tuples become lists, so that this config equals the one that is read back.
     config = json.loads(json.dumps(FLAGS.config.to_dict()))
-    run = Run(config, FLAGS.workdir)
+    return Run(config, FLAGS.workdir)
+
+
+def open_run() -> Run:
+    """Opens the work folder, for all processes of the run."""
+    run = read_run()
     multihost.run_once(run.claim_folder, "config")
     compiling.cache_in(run.path("compiled"))
     return run

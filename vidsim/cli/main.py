@@ -21,6 +21,7 @@ from vidsim.errors import InputError, Restart
 VERBS = {
     "worlds": "renders a captioned world as mp4 and png files",
     "prepare": "turns a folder of videos and images into shards",
+    "plan": "tables the buckets and packs of a data set",
     "train": "trains one model: tokenizer, vae or dit",
     "encode": "writes the latent cache",
     "sample": "makes videos and images in every prompting mode",

@@ -1,27 +1,77 @@
 """Buckets for pixels: a few static shapes (frames, height, width), one a step on every host.
 
-A clip goes to the longest bucket that it has the frames for and to the nearest aspect ratio. The
-plan of which samples make up which step is a pure function of (seed, step): to resume is to go on
-at a step, on any number of hosts.
+A clip goes to the largest size that does not blow it up and has the nearest aspect ratio, and there
+to the longest bucket that it has the frames for. It is resized by area and the centre is cropped as
+little as possible; nothing is padded. The shapes are given, or found from the data's own sizes.
+
+A step costs about the same whichever bucket it is of:
+
+    cost of a clip  =  frames x height x width  +  clip_pixels      (a fixed overhead, in pixels)
+    batch           =  the largest multiple of batch_multiple whose cost is within step_pixels
+
+What the steps hold is dealt from a mixture: it draws samples endlessly, every one goes to its
+bucket, and the bucket that is full is the next step. So every sample comes exactly once an epoch,
+shares of sources hold inside of buckets and across them, and no batch is filled up with anything
+but samples. All of it is a pure function of (seed, step), found without walking there.
 """
 
+import bisect
+import collections
 import dataclasses
 import functools
-import hashlib
-import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from vidsim.data import mixture, sources
 from vidsim.errors import InputError
+
+Shape = tuple[int, int, int]  # frames, height, width
+
+# Sizes whose areas differ by less belong to one tier, of which the aspect ratio chooses.
+_TIER = 1.5
+# A clip may be blown up by this much in area before a smaller tier takes it.
+_UPSCALE = 1.1
+# One more shape has to save this share of the pixels, or of the frames, to be worth its program.
+_WORTH = 0.005
+# An area off by a factor of e is worth cropping this share of the pixels to avoid.
+_OFF_AREA = 0.05
+# A bucket that would fill more slowly than once in an epoch, or in so many draws, gets smaller
+# batches.
+PATIENCE = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    sizes: tuple[tuple[int, int], ...]  # (width, height); a clip goes to the nearest aspect ratio
-    frames: tuple[int, ...]  # a clip goes to the longest that it has
-    batch_frames: int  # frames in a batch: the batch size of a bucket is this over its frames
-    max_batch: int
+    sizes: tuple[tuple[int, int], ...]  # (width, height); (): found, as below
+    frames: tuple[int, ...]  # (): found, as below
+    areas: tuple[int, ...]  # to find sizes: pixels of a frame, one number a tier
+    ratios: int  # to find sizes: at most so many aspect ratios a tier
+    durations: int  # to find frames: at most so many lengths of videos a tier
+    clip_tokens: int  # to find frames: the longest clip has at most so many latent tokens
+    step_pixels: int  # cost of a step: frames x height x width of its clips, and overheads
+    clip_pixels: int  # overhead of a clip, in pixels
+    max_batch: int  # clips
+    batch_multiple: int  # of which every batch is one; devices divide it
+
+    def __post_init__(self):
+        if bool(self.sizes) != bool(self.frames):
+            raise InputError(
+                f"buckets.sizes={self.sizes} and frames={self.frames}: give both, or neither to "
+                "have them found"
+            )
+        lowest = {"step_pixels": 1, "clip_pixels": 0, "max_batch": 1, "batch_multiple": 1}
+        if not self.sizes:
+            lowest |= {"ratios": 1, "durations": 1, "clip_tokens": 1}
+            if not self.areas or min(self.areas) < 1:
+                raise InputError(
+                    f"buckets.areas={self.areas} does not say which sizes to look for; give pixels "
+                    "of a frame, such as (65536,), or sizes and frames"
+                )
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise InputError(f"buckets.{name}={getattr(self, name)} is under {least}; raise it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +82,10 @@ class Bucket:
     batch: int
     records: tuple[int, ...]
 
+    @property
+    def shape(self) -> Shape:
+        return self.frames, self.height, self.width
+
 
 def nearest_size(width: int, height: int, sizes) -> tuple[int, int]:
     """The (width, height) of `sizes` whose aspect ratio is nearest, in the logarithm."""
@@ -39,77 +93,373 @@ def nearest_size(width: int, height: int, sizes) -> tuple[int, int]:
     return min(sizes, key=lambda size: (abs(math.log(size[0] / size[1]) - ratio), size))
 
 
-def assign(index: list[dict], split: str, config: Config, *, devices: int) -> list[Bucket]:
-    """Sorts the records of `split` into buckets.
+def size_for(width: int, height: int, sizes) -> tuple[int, int]:
+    """The nearest aspect ratio in the largest tier of areas that does not blow the clip up."""
+    tiers: list[list[tuple[int, int]]] = []
+    for size in sorted(sizes, key=lambda size: (size[0] * size[1], size)):
+        if not tiers or size[0] * size[1] > _TIER * tiers[-1][0][0] * tiers[-1][0][1]:
+            tiers.append([])
+        tiers[-1].append(size)
+    best = [nearest_size(width, height, tier) for tier in tiers]
+    fitting = [size for size in best if scale_of(width, height, size) ** 2 * _UPSCALE >= 1]
+    return fitting[-1] if fitting else best[0]
+
+
+def scale_of(width: int, height: int, size: tuple[int, int]) -> float:
+    """Stored pixels along a side of one that is shown; under 1 the clip is blown up."""
+    return min(width / size[0], height / size[1])
+
+
+def find(
+    index: Sequence[dict], config: Config, *, stride: tuple[int, int], grid: int
+) -> tuple[Shape, ...]:
+    """Shapes for the data's own sizes and lengths, under the budget of `clip_tokens`.
+
+    For every area: the sizes on the grid, at most `ratios`, that crop the least; then the lengths,
+    at most `durations` for videos, that leave out the fewest frames of those that the budget
+    admits. Images have a length of their own. Both are exact minima over the training clips.
+
+    Args:
+        stride: (frames, pixels) that one latent covers along time and along a side.
+        grid: sides are multiples of it, in pixels.
 
     Raises:
-      InputError: no record of the split fits any bucket, or a batch does not divide over `devices`.
+        InputError: no training clip; a frame of an area alone is over the budget.
     """
-    members: dict[tuple, list[int]] = {}
+    rows = [row for row in index if row["split"] == "train"]
+    if not rows:
+        raise InputError(f"no training clip among {len(index)} to find buckets from; add some")
+    tiers: dict[int, list[dict]] = {}
+    for row in rows:
+        own = row["width"] * row["height"]
+        fitting = [area for area in config.areas if area <= own * _UPSCALE]
+        tiers.setdefault(max(fitting) if fitting else min(config.areas), []).append(row)
+    found = []
+    for area, members in sorted(tiers.items()):
+        sizes = _find_sizes(members, area, grid, config.ratios)
+        each = max(width * height for width, height in sizes) // stride[1] ** 2
+        if each > config.clip_tokens:
+            raise InputError(
+                f"buckets.clip_tokens={config.clip_tokens}, but one frame of area {area} has "
+                f"{each} tokens; raise it or give smaller areas"
+            )
+        longest = 1 + stride[0] * (config.clip_tokens // each - 1)
+        lengths = _find_lengths(members, stride[0], longest, config.durations)
+        found += [(frames, height, width) for width, height in sizes for frames in lengths]
+    return tuple(sorted(found))
+
+
+def _find_sizes(rows, area: int, grid: int, most: int) -> list[tuple[int, int]]:
+    """At most `most` (width, height) on the grid, near the area, that crop these clips least."""
+    sizes = set()
+    for rows_of_grid in range(1, math.ceil(2 * math.sqrt(area) / grid) + 1):
+        height = grid * rows_of_grid
+        nearest = round(area / height / grid)
+        # A coarse grid has few sizes of an area, so these may be off it.
+        for width in (grid * columns for columns in range(max(1, nearest - 1), nearest + 2)):
+            if 0.7 <= width * height / area <= 1.25 and 0.25 <= width / height <= 4:
+                sizes.add((width, height))
+    side = grid * max(1, round(math.sqrt(area) / grid))
+    sizes = sorted(sizes or {(side, side)}, key=lambda size: math.log(size[0] / size[1]))
+    ratio_C = np.array([math.log(width / height) for width, height in sizes])
+    ratios = np.round([math.log(row["width"] / row["height"]) for row in rows], 3)
+    ratio_P, clips_P = np.unique(ratios, return_counts=True)
+    cropped_PC = 1 - np.exp(-np.abs(ratio_P[:, None] - ratio_C))
+    # Of sizes that crop alike, the one nearest to the area.
+    off_C = np.array([abs(math.log(width * height / area)) for width, height in sizes])
+    loss_PC = cropped_PC + _OFF_AREA * off_C
+    return [sizes[n] for n in _choose(loss_PC * clips_P[:, None] / len(rows), most)]
+
+
+def _find_lengths(rows, frames_a_latent: int, longest: int, most: int) -> list[int]:
+    """Lengths 1 + k * frames_a_latent: 1 for images, and at most `most` for videos."""
+    images = {1} if any(row["frames"] == 1 for row in rows) else set()
+    videos = np.array([min(row["frames"], longest) for row in rows if row["frames"] > 1])
+    if not len(videos):
+        return [1]
+    # From the shortest video on: none is left out.
+    first = 1 + (videos.min() - 1) // frames_a_latent * frames_a_latent
+    length_C = np.arange(first, videos.max() + 1, frames_a_latent)
+    frames_P, clips_P = np.unique(videos, return_counts=True)
+    left_PC = (frames_P[:, None] - length_C).astype(float)
+    left_PC[left_PC < 0] = np.inf
+    chosen = _choose(left_PC * clips_P[:, None] / videos.sum(), most)
+    return sorted(images | {int(length_C[n]) for n in chosen})
+
+
+def _choose(loss_PC: np.ndarray, most: int) -> list[int]:
+    """At most `most` columns so that the sum over rows of their least loss is as small as can be.
+
+    Rows and columns lie on one line: of two neighbours among the chosen columns, a row between
+    them takes one. Fewer are chosen where the others would save less than `_WORTH` in all.
+    """
+    columns = loss_PC.shape[1]
+    nearest_P = loss_PC.argmin(axis=1)  # the column at whose place a row stands
+    among_CC = np.full((columns, columns), np.inf)  # rows from column a to before b, of a and b
+    before_C, after_C = np.empty(columns), np.empty(columns)
+    for a in range(columns):
+        before_C[a] = loss_PC[nearest_P < a, a].sum()
+        after_C[a] = loss_PC[nearest_P >= a, a].sum()
+        for b in range(a + 1, columns):
+            between = (nearest_P >= a) & (nearest_P < b)
+            among_CC[a, b] = np.minimum(loss_PC[between, a], loss_PC[between, b]).sum()
+    best_C, ways = before_C, [[column] for column in range(columns)]
+    found: list[tuple[float, list[int]]] = []
+    for _ in range(min(most, columns)):
+        last = int(np.argmin(best_C + after_C))
+        found.append((float(best_C[last] + after_C[last]), ways[last]))
+        through_CC = best_C[:, None] + among_CC
+        parents = through_CC.argmin(axis=0)
+        best_C = through_CC[parents, np.arange(columns)]
+        ways = [[*ways[parent], column] for column, parent in enumerate(parents)]
+    least = min(loss for loss, _ in found)
+    return next(way for loss, way in found if loss <= least + _WORTH)
+
+
+def shapes_of(
+    index: Sequence[dict], config: Config, *, stride: tuple[int, int], grid: int
+) -> tuple[Shape, ...]:
+    """The shapes that the config gives, or those found."""
+    if not config.sizes:
+        return find(index, config, stride=stride, grid=grid)
+    return tuple((n, height, width) for width, height in config.sizes for n in config.frames)
+
+
+def assign(index: Sequence[dict], split: str, shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
+    """The records of `split` by shape. Clips that are shorter than all of their size are left out.
+
+    Raises:
+        InputError: no record of the split fits any shape.
+    """
+    lengths: dict[tuple[int, int], list[int]] = {}
+    for frames, height, width in shapes:
+        lengths.setdefault((width, height), []).append(frames)
+    members: dict[Shape, list[int]] = {}
     for record, row in enumerate(index):
-        fitting = [frames for frames in config.frames if frames <= row["frames"]]
-        if row["split"] != split or not fitting:
+        if row["split"] != split:
             continue
-        width, height = nearest_size(row["width"], row["height"], config.sizes)
-        members.setdefault((max(fitting), height, width), []).append(record)
+        width, height = _size_for(row["width"], row["height"], tuple(sorted(lengths)))
+        fitting = [frames for frames in lengths[width, height] if frames <= row["frames"]]
+        if fitting:
+            members.setdefault((max(fitting), height, width), []).append(record)
     if not members:
         raise InputError(
-            f"no {split} clip among {len(index)} has one of frames={config.frames}; "
-            "add clips or a shorter bucket"
+            f"no {split} clip among {len(index)} has one of "
+            f"frames={sorted({frames for frames, _, _ in shapes})}; add clips or a shorter bucket"
         )
+    return dict(sorted(members.items()))
+
+
+_size_for = functools.lru_cache(maxsize=65536)(size_for)
+
+
+def cost(shape: Shape, config: Config) -> int:
+    """Cost of a clip, in pixels."""
+    return math.prod(shape) + config.clip_pixels
+
+
+def batch_size(shape: Shape, config: Config) -> int:
+    """How many clips of a shape a step of `step_pixels` has.
+
+    Raises:
+        InputError: not even `batch_multiple` clips are within the cost, or within `max_batch`.
+    """
+    each, multiple = cost(shape, config), config.batch_multiple
+    batch = min(config.max_batch, config.step_pixels // each) // multiple * multiple
+    if not batch:
+        raise InputError(
+            f"buckets.batch_multiple={multiple} clips of {shape[0]}x{shape[1]}x{shape[2]} cost "
+            f"{multiple * each}, a step has step_pixels={config.step_pixels} and "
+            f"max_batch={config.max_batch}; raise these or give smaller shapes"
+        )
+    return batch
+
+
+def plan(
+    index: Sequence[dict],
+    split: str,
+    shapes: Sequence[Shape],
+    config: Config,
+    *,
+    mix: sources.Mix,
+    seed: int,
+    devices: int = 1,
+) -> "Plan":
+    """The plan of a split.
+
+    Raises:
+        InputError: nothing to draw from, or a batch that does not divide over `devices`.
+    """
+    if config.batch_multiple % devices:
+        raise InputError(
+            f"a batch is a multiple of buckets.batch_multiple={config.batch_multiple} clips, which "
+            f"does not divide over {devices} devices; use a multiple of {devices}"
+        )
+    members = assign(index, split, shapes)
+    drawn = [record for records in members.values() for record in records]
+    groups = sources.groups(index, sorted(drawn), mix)
+    mixed = mixture.Mixture(groups, seed=seed)
+    share = dict.fromkeys(members, 0.0)
+    bucket_of = {record: shape for shape, records in members.items() for record in records}
+    for group, draws in zip(mixed.groups, mixed.draws, strict=True):
+        held = collections.Counter(bucket_of[record] for record in group.samples)
+        for shape, count in held.items():
+            share[shape] += count * draws / (mixture.BLOCK * len(group.samples))
     buckets = []
-    for (frames, height, width), records in sorted(members.items()):
-        batch = max(1, min(config.max_batch, config.batch_frames // frames))
-        if batch % devices:
-            raise InputError(
-                f"a batch of {batch} clips of {frames} frames does not divide over {devices} "
-                "devices; choose vae.buckets.batch_frames and max_batch so that batches do"
-            )
-        buckets.append(Bucket(frames, height, width, batch, tuple(records)))
-    return buckets
+    for shape, records in members.items():
+        patient = math.ceil(round(share[shape] * max(len(drawn), PATIENCE), 6))
+        small = math.ceil(patient / config.batch_multiple) * config.batch_multiple
+        batch = min(batch_size(shape, config), small)
+        buckets.append(Bucket(*shape, batch, tuple(records)))
+    return Plan(buckets, mixed)
 
 
 class Plan:
-    """`plan[step]` is a bucket and its samples; a pure function of (seed, step).
+    """`plan[step]` is a bucket and its samples, each (record, epoch); pure in (seed, step).
 
-    Steps come in cycles. A cycle holds every bucket as often as its records need batches, in an
-    order drawn from (seed, cycle), so no bucket starves; a bucket walks its own endless shuffle, so
-    every record comes once an epoch and a batch that the epoch's end cuts goes on in the next.
+    Args:
+        buckets: no record is in two of them.
+        draws: a mixture of all records of the buckets.
     """
 
-    def __init__(self, buckets: list[Bucket], *, seed: int):
-        self.buckets = buckets
-        self.seed = seed
-        self._batches = [math.ceil(len(b.records) / b.batch) for b in buckets]
-        self._cycle_steps = sum(self._batches)
+    def __init__(self, buckets: Sequence[Bucket], draws: mixture.Mixture):
+        self.buckets = tuple(buckets)
+        self.mixture = draws
+        self._batch_N = np.array([bucket.batch for bucket in self.buckets])
+        bucket_of = {r: n for n, bucket in enumerate(self.buckets) for r in bucket.records}
+        # By group: which bucket each of its samples goes to, and how many go to each.
+        self._bucket_of = [np.array([bucket_of[r] for r in g.samples]) for g in draws.groups]
+        self._bucket_of_record = bucket_of
+        count = len(self.buckets)
+        self._held = [np.bincount(numbers, minlength=count) for numbers in self._bucket_of]
+        groups = len(draws.groups)
+        self._places = functools.lru_cache(maxsize=4 * groups)(self._find_places)
+        self._dealt_before = functools.lru_cache(maxsize=256)(self._count_dealt_before)
+        self._block = functools.lru_cache(maxsize=16)(self._deal)
+
+    def __getstate__(self):
+        return {"buckets": self.buckets, "mixture": self.mixture}
+
+    def __setstate__(self, state):
+        self.__init__(state["buckets"], state["mixture"])
 
     def __len__(self) -> int:
         return 2**31
 
+    def shares(self) -> list[float]:
+        """The share of the draws that goes to each bucket."""
+        draws = zip(self._held, self.mixture.draws, strict=True)
+        total_N = sum(held * count / held.sum() for held, count in draws)
+        return (total_N / mixture.BLOCK).tolist()
+
     def __getitem__(self, step: int) -> tuple[Bucket, list[tuple[int, int]]]:
-        """The bucket of a step and its samples, each (record, epoch)."""
-        cycle, offset = divmod(step, self._cycle_steps)
-        order = _permuted(
-            tuple(np.repeat(np.arange(len(self.buckets)), self._batches)), (self.seed, cycle)
-        )
-        number = int(order[offset])
-        done = cycle * self._batches[number] + int(np.sum(order[:offset] == number))
+        block = self._block_of(step)
+        _, full = self._block(block)
+        number, batches = full[step - self._steps_before(block)]
         bucket = self.buckets[number]
-        positions = range(done * bucket.batch, (done + 1) * bucket.batch)
-        return bucket, [self._sample(number, position) for position in positions]
+        return bucket, self._samples(number, block, batches * bucket.batch, bucket.batch)
 
-    def _sample(self, number: int, position: int) -> tuple[int, int]:
-        records = self.buckets[number].records
-        epoch, offset = divmod(position, len(records))
-        return int(_permuted(records, (self.seed, number, epoch))[offset]), epoch
+    def _samples(self, number: int, block: int, first: int, count: int) -> list[tuple[int, int]]:
+        """Samples `first` to `first + count` of all that go to a bucket; the last is in `block`."""
+        found: list[tuple[int, int]] = []
+        end = first + count
+        while end > first:
+            # A rare bucket has no samples in most blocks.
+            block = self._block_of_sample(number, end - 1, block)
+            before = int(self._dealt_before(block)[number])
+            samples, _ = self._block(block)
+            found = samples[number][max(0, first - before) : end - before] + found
+            end = before
+        return found
+
+    def _block_of_sample(self, number: int, sample: int, guess: int) -> int:
+        """The block of draws in which a bucket gets its sample of this number."""
+        return _last(lambda block: self._dealt_before(block)[number] <= sample, guess)
+
+    def _block_of(self, step: int) -> int:
+        """The block of draws in which the batch of a step gets full."""
+        total = sum(s / bucket.batch for s, bucket in zip(self.shares(), self.buckets, strict=True))
+        guess = int(step / (total * mixture.BLOCK))
+        return _last(lambda block: self._steps_before(block) <= step, guess)
+
+    def _steps_before(self, block: int) -> int:
+        return int((self._dealt_before(block) // self._batch_N).sum())
+
+    def _count_dealt_before(self, block: int) -> np.ndarray:
+        """How many samples went to each bucket in the blocks before this one."""
+        total_N = np.zeros(len(self.buckets), np.int64)
+        for number, draws in enumerate(self.mixture.draws):
+            held_N = self._held[number]
+            epoch, offset = divmod(block * draws, int(held_N.sum()))
+            total_N += epoch * held_N
+            if offset:
+                places = self._places(number, epoch)
+                total_N += [int(np.searchsorted(of_bucket, offset)) for of_bucket in places]
+        return total_N
+
+    def _find_places(self, number: int, epoch: int) -> list[np.ndarray]:
+        """The places of each bucket's samples in the order of an epoch of a group."""
+        bucket_S = self._bucket_of[number][self.mixture.order(number, epoch)]
+        by_bucket_S = np.argsort(bucket_S, kind="stable")
+        ends = np.cumsum(self._held[number])[:-1]
+        return np.split(by_bucket_S, ends)
+
+    def _deal(self, block: int) -> tuple[list[list[tuple[int, int]]], list[tuple[int, int]]]:
+        """A block's samples by bucket, and its steps as (bucket, number of its batch)."""
+        dealt = self._dealt_before(block).tolist()
+        samples: list[list[tuple[int, int]]] = [[] for _ in self.buckets]
+        full = []
+        for position in range(block * mixture.BLOCK, (block + 1) * mixture.BLOCK):
+            record, epoch = self.mixture[position]
+            number = self._bucket_of_record[record]
+            samples[number].append((record, epoch))
+            dealt[number] += 1
+            batches, rest = divmod(dealt[number], self.buckets[number].batch)
+            if not rest:
+                full.append((number, batches - 1))
+        return samples, full
 
 
-@functools.lru_cache(maxsize=64)
-def _permuted(values: tuple[int, ...], seed: tuple[int, ...]) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(np.asarray(values))
+def _last(holds, guess: int) -> int:
+    """The last number from 0 on of which `holds` says so; it does of 0, and up to there of all."""
+    low, high, width = max(0, guess), max(0, guess) + 1, 1
+    while low and not holds(low):
+        high, low, width = low, max(0, low - width), 2 * width
+    while holds(high):
+        low, high, width = high, high + width, 2 * width
+    return low + bisect.bisect_left(range(low + 1, high), True, key=lambda n: not holds(n))
 
 
-def index_hash(index: list[dict]) -> str:
-    """What the order of the data depends on: the records and their sizes."""
-    facts = [[r["id"], r["frames"], r["height"], r["width"], r["split"]] for r in index]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+def table(index: Sequence[dict], planned: Plan, config: Config) -> list[dict]:
+    """A row a bucket: shares of clips, draws and steps; what cropping, blowing up and lengths cost.
+
+    `cropped` is the share of the clips' pixels that is cut off at the sides, `upscaled` the share
+    of clips that are blown up, `unused` the share of their frames that one draw does not show.
+    `padded` pixels are none, since every clip fills its bucket.
+    """
+    total = sum(len(bucket.records) for bucket in planned.buckets)
+    shares = planned.shares()
+    rate = [share / bucket.batch for share, bucket in zip(shares, planned.buckets, strict=True)]
+    rows = []
+    for bucket, share, steps in zip(planned.buckets, shares, rate, strict=True):
+        clips = [index[record] for record in bucket.records]
+        shown = bucket.width * bucket.height
+        scales = [scale_of(r["width"], r["height"], (bucket.width, bucket.height)) for r in clips]
+        pixels = sum(row["width"] * row["height"] for row in clips)
+        rows.append(
+            {
+                "frames": bucket.frames,
+                "height": bucket.height,
+                "width": bucket.width,
+                "clips": len(clips) / total,
+                "draws": share,
+                "steps": steps / sum(rate),
+                "cropped": 1 - sum(scale**2 * shown for scale in scales) / pixels,
+                "padded": 0.0,
+                "upscaled": sum(scale**2 * _UPSCALE < 1 for scale in scales) / len(clips),
+                "unused": 1 - len(clips) * bucket.frames / sum(row["frames"] for row in clips),
+                "batch": bucket.batch,
+                "step_pixels": bucket.batch * cost(bucket.shape, config),
+            }
+        )
+    return rows

@@ -5,6 +5,7 @@ rates, edit lists and reordered frames come out right, and a file that breaks of
 PyAV (FFmpeg) with one thread.
 """
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -13,7 +14,7 @@ import io
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import av
 import numpy as np
@@ -40,6 +41,7 @@ class Track:
     durations: Sequence[int]
     keys: Sequence[int]  # the packets that are key frames
     packet_of: Sequence[int]  # the packet of a frame
+    start: float  # seconds of the first frame by the file's own clock
     times: np.ndarray  # seconds of frames since the first
     duration: float  # seconds from the first frame to the end of the last
     time_base: fractions.Fraction
@@ -145,6 +147,9 @@ def scan(container, stream, keep: list | None = None) -> Track:
     if not keys:
         raise DecodeError("holds no frames" if not pts else "holds no key frame to start from")
     rate, time_base = stream.average_rate or stream.guessed_rate, stream.time_base
+    if len(set(pts)) == 1 and pts[0] is not None and (not durations[0] or stream.duration == 0):
+        many = f"{len(pts)} frames of one time stamp" if len(pts) > 1 else "one frame"
+        raise DecodeError(f"lasts 0 seconds: {many} and no duration")
     # avi stores the order of decoding only.
     by_order = None in pts or len(set(pts)) < len(pts) or container.format.name == "avi"
     if by_order:
@@ -159,7 +164,7 @@ def scan(container, stream, keep: list | None = None) -> Track:
     packet_of = [i for i in range(first, len(pts)) if shown[i] and pts[i] >= pts[first]]
     packet_of.sort(key=pts.__getitem__)
     if not packet_of:
-        raise DecodeError("holds no frame that is shown")
+        raise DecodeError("holds no frame that is shown: its edit list shows 0 seconds")
     stamps = [pts[i] - pts[packet_of[0]] for i in packet_of]
     last = durations[packet_of[-1]]
     if not last and len(stamps) > 1:
@@ -172,6 +177,7 @@ def scan(container, stream, keep: list | None = None) -> Track:
         durations=durations,
         keys=keys,
         packet_of=packet_of,
+        start=0.0 if by_order else float(pts[packet_of[0]] * time_base),
         times=np.array([float(stamp * time_base) for stamp in stamps]),
         duration=float((stamps[-1] + last) * time_base),
         time_base=time_base,
@@ -216,10 +222,21 @@ class Piece:
     data: bytes
     first_frame: int
     frames: int
+    number: int = 0  # among the pieces of its file
 
 
-def cut(source: Source, max_seconds: float, *, max_lead_seconds: float = 60.0) -> Iterator[Piece]:
+def cut(
+    source: Source,
+    max_seconds: float,
+    *,
+    shots: Sequence[int] = (),
+    only: Collection[int] | None = None,
+    max_lead_seconds: float = 60.0,
+) -> Iterator[Piece]:
     """Copies the video packets, without sound, into pieces of at most `max_seconds`.
+
+    With `only`, just the pieces of these numbers. No piece holds frames of two shots; a new one
+    begins at each frame in `shots`.
 
     Nothing is encoded again. A piece ends at the last key frame in the second half of its time, or
     after `max_seconds` when there is none; then the next one begins with the packets from the key
@@ -234,7 +251,7 @@ def cut(source: Source, max_seconds: float, *, max_lead_seconds: float = 60.0) -
         track = scan(container, stream)
     if track.by_order:
         raise DecodeError("holds no time stamps to cut by; convert it to mp4")
-    parts = list(itertools.pairwise(_edges(track, max_seconds)))
+    parts = list(itertools.pairwise(_edges(track, max_seconds, shots)))
     spans = []
     for a, b in parts:
         begin = track.key_before(a)
@@ -248,7 +265,9 @@ def cut(source: Source, max_seconds: float, *, max_lead_seconds: float = 60.0) -
     with open_video(source) as (container, stream):
         incoming = enumerate(video_packets(container, stream))
         window = collections.deque()
-        for (begin, end), (a, b) in zip(spans, parts, strict=True):
+        for number, ((begin, end), (a, b)) in enumerate(zip(spans, parts, strict=True)):
+            if only is not None and number not in only:
+                continue
             while window and window[0][0] < begin:
                 window.popleft()
             while not window or window[-1][0] < end - 1:
@@ -256,25 +275,28 @@ def cut(source: Source, max_seconds: float, *, max_lead_seconds: float = 60.0) -
                 if item[0] >= begin:
                     window.append(item)
             data = _remux(stream, track, [item for item in window if item[0] < end])
-            yield Piece(data, _find(data, track, begin, a, b), b - a)
+            yield Piece(data, _find(data, track, begin, a, b), b - a, number)
 
 
-def _edges(track: Track, max_seconds: float) -> list[int]:
+def _edges(track: Track, max_seconds: float, shots: Sequence[int]) -> list[int]:
     """The frames at which pieces begin, and the number of frames."""
     key_packets = set(track.keys)
     keys = [frame for frame, packet in enumerate(track.packet_of) if packet in key_packets]
-    edges, times = [0], track.times
-    while track.duration - times[edges[-1]] > max_seconds * (1 + 1e-6):
-        begin = edges[-1]
-        limit = times[begin] + max_seconds
-        # The first frame that would end beyond the limit, and always one frame of progress.
-        latest = max(begin + 1, int(np.searchsorted(times, limit + 1e-6, side="right")) - 1)
-        if latest >= track.frames:
-            break
-        good = [
-            k for k in keys if times[begin] + max_seconds / 2 <= times[k] and begin < k <= latest
-        ]
-        edges.append(good[-1] if good else latest)
+    times, edges = track.times, []
+    for first, stop in itertools.pairwise([0, *shots, track.frames]):
+        end = times[stop] if stop < track.frames else track.duration
+        edges.append(first)
+        while end - times[edges[-1]] > max_seconds * (1 + 1e-6):
+            begin = edges[-1]
+            limit = times[begin] + max_seconds
+            # The first frame that would end beyond the limit, and always one frame of progress.
+            latest = max(begin + 1, int(np.searchsorted(times, limit + 1e-6, side="right")) - 1)
+            if latest >= stop:
+                break
+            middle = int(np.searchsorted(times, times[begin] + max_seconds / 2))
+            last = bisect.bisect_right(keys, latest) - 1
+            good = last >= 0 and keys[last] >= max(begin + 1, middle)
+            edges.append(keys[last] if good else latest)
     return [*edges, track.frames]
 
 

@@ -1,4 +1,4 @@
-"""Packs for latents: rows of one static length that hold whole clips and images beside each other.
+"""Packs for latents: rows of static length that hold clips, pieces of them and images together.
 
 A pack (one batch of rows) is a dict of arrays:
 
@@ -11,8 +11,13 @@ A pack (one batch of rows) is a dict of arrays:
     time_index_BL     int32     which of its segment's three times a token has
     sizes_BM3         int32     latent frames, height and width in pixels of each segment
 
-The plan of rows is a pure function of (seed, epoch): a shuffle, then first-fit into open rows. Rows
-of all epochs stand behind each other, so nothing is dropped at an epoch's end.
+The plan of rows goes in blocks. A block is a fixed number of steps, and takes the next draws of the
+mixture up to a fixed amount, so which draws it takes is found from sums over whole epochs, without
+the blocks before it: any step is planned in the time of one block, the first as the millionth.
+Within a block `data/rows.py` decides which samples share a row and which rows a step.
+
+A step's share of images is their tokens (samples of one latent, with their captions) over all of
+its tokens; it is to be within a factor of 2 of the mixture's.
 """
 
 # B batch (rows), L tokens, P patch values, M segments a row
@@ -20,20 +25,61 @@ of all epochs stand behind each other, so nothing is dropped at an epoch's end.
 import bisect
 import dataclasses
 import functools
+import math
 import threading
+from typing import NamedTuple
 
 import numpy as np
 
+from vidsim.data.mixture import BLOCK as DRAWS
+from vidsim.data.mixture import Mixture
+from vidsim.data.rows import Samples, arrange, rows_needed
 from vidsim.errors import InputError
 
-OPEN_ROWS = 64  # rows that first-fit looks at
+LEAST_STEPS = 128  # of a block
+LARGEST = 1 / 250  # of a block at most what its largest sample takes
+SHORT_FILLS = (0.985, 0.95, 0.9)  # valid tokens that are tried in rows other than the longest
+FULL = 0.985  # of a block at most: what stays empty lets rows cost alike
+TRIALS = 6  # stretches of the mixture that the fill of blocks is measured on
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    row_tokens: int  # L
-    rows: int  # B, over all hosts
+    lengths: tuple[int, ...]  # L of the static shapes, ascending; each divides the last
+    rows: int  # B of the longest, over all hosts; shorter ones have as many tokens a step
     max_segments: int  # M
+
+    def __post_init__(self):
+        if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
+            raise InputError(f"pack.lengths={self.lengths} is not ascending; sort it")
+        for length in self.lengths:
+            if length < 1 or self.lengths[-1] % length:
+                raise InputError(
+                    f"pack.lengths={self.lengths}: {length} does not divide {self.lengths[-1]}, "
+                    "so steps would differ in tokens; use divisors of the longest"
+                )
+        for name in ("rows", "max_segments"):
+            if getattr(self, name) < 1:
+                raise InputError(f"pack.{name}={getattr(self, name)} is under 1; raise it")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, padding included."""
+        return self.lengths[-1] * self.rows
+
+
+class Piece(NamedTuple):
+    """A stretch of a sample in one row; the whole sample, unless it is longer than a row."""
+
+    sample: int
+    epoch: int
+    first: int  # latent
+    latents: int
+
+
+class Step(NamedTuple):
+    length: int  # L
+    rows: list[list[Piece]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,81 +95,225 @@ class Segment:
     size: tuple[int, int, int]
 
 
-def first_fit(lengths: np.ndarray, order: np.ndarray, config: Config) -> list[list[int]]:
-    """Rows of sample numbers, each at most `row_tokens` long and `max_segments` wide."""
-    done: list[list[int]] = []
-    rows: list[list[int]] = []
-    space: list[int] = []
-    for sample in order:
-        need = int(lengths[sample])
-        for row, left in enumerate(space):
-            if left >= need and len(rows[row]) < config.max_segments:
-                rows[row].append(int(sample))
-                space[row] -= need
-                break
-        else:
-            rows.append([int(sample)])
-            space.append(config.row_tokens - need)
-            if len(rows) > OPEN_ROWS:
-                fullest = int(np.argmin(space))
-                done.append(rows.pop(fullest))
-                space.pop(fullest)
-    return done + rows
-
-
 class Plan:
-    """`plan[step]` is `rows` lists of (sample, epoch); a pure function of (seed, step).
+    """`plan[step]` is a `Step`; a pure function of (mixture, step).
+
+    Args:
+      samples: of the whole index that the mixture draws from.
+      width: of the model, for what attention costs beside the matrices.
+      quota: what a block takes, where it was measured before; it is a function of the others.
 
     Raises:
-      InputError: a sample is longer than a row; gives its number.
+      InputError: one latent of a sample and its caption are longer than the longest row.
     """
 
-    def __init__(self, lengths, config: Config, *, seed: int):
-        self.lengths = np.asarray(lengths)
-        self.config = config
-        self.seed = seed
-        if not len(self.lengths):
-            raise InputError("no latents to pack; is the training split empty?")
-        longest = int(self.lengths.argmax())
-        if self.lengths[longest] > config.row_tokens:
-            raise InputError(
-                f"sample {longest} has {self.lengths[longest]} tokens, rows have "
-                f"{config.row_tokens}; raise pack.row_tokens or lower the latents' max_frames"
-            )
-        self._first_row = [0]  # of each epoch
-        self._growing = threading.Lock()  # the reading threads share the plan
-        self._epoch = functools.lru_cache(maxsize=4)(self._make_epoch)
+    def __init__(
+        self,
+        samples: Samples,
+        mixture: Mixture,
+        config: Config,
+        *,
+        width: int,
+        quota: int | None = None,
+    ):
+        self.samples, self.mixture, self.config, self.width = samples, mixture, config, width
+        self._check()
+        self._weights = self._weigh()
+        self._prefix = functools.lru_cache(maxsize=4 * len(mixture.groups))(self._make_prefix)
+        # Of a block of the mixture, on average.
+        self._block_weight = sum(
+            draws * self._weights[np.array(group.samples)].mean()
+            for group, draws in zip(mixture.groups, mixture.draws, strict=True)
+        )
+        largest = int(self._weights[self._drawn()].max())
+        self.block_steps = max(LEAST_STEPS, math.ceil(largest / config.tokens / LARGEST))
+        self._quota = self._measure_quota() if quota is None else quota
+        self._planning = threading.Lock()  # the reading threads share a block
+        self._block = functools.lru_cache(maxsize=2)(self._make_block)
 
     def __getstate__(self):
-        return {"lengths": self.lengths, "config": self.config, "seed": self.seed}
+        return self.samples, self.mixture, self.config, self.width, self._quota
 
     def __setstate__(self, state):
-        self.__init__(state["lengths"], state["config"], seed=state["seed"])
+        samples, mixture, config, width, quota = state
+        self.__init__(samples, mixture, config, width=width, quota=quota)
 
     def __len__(self) -> int:
         return 2**31
 
-    def _make_epoch(self, epoch: int) -> list[list[int]]:
-        rng = np.random.default_rng((self.seed, epoch))
-        rows = first_fit(self.lengths, rng.permutation(len(self.lengths)), self.config)
-        return [rows[row] for row in rng.permutation(len(rows))]
+    def __getitem__(self, step: int) -> Step:
+        block, offset = divmod(step, self.block_steps)
+        with self._planning:
+            return self._block(block)[offset]
 
-    def row(self, number: int) -> list[tuple[int, int]]:
-        """Samples (number, epoch) of a row of the endless sequence."""
-        with self._growing:
-            while self._first_row[-1] <= number:
-                epoch = len(self._first_row) - 1
-                self._first_row.append(self._first_row[-1] + len(self._epoch(epoch)))
-        epoch = bisect.bisect_right(self._first_row, number) - 1
-        return [(s, epoch) for s in self._epoch(epoch)[number - self._first_row[epoch]]]
+    def _drawn(self) -> np.ndarray:
+        return np.unique(np.concatenate([group.samples for group in self.mixture.groups]))
 
-    def __getitem__(self, step: int) -> list[list[tuple[int, int]]]:
-        return [self.row(step * self.config.rows + row) for row in range(self.config.rows)]
+    def _check(self) -> None:
+        drawn = self._drawn()
+        least = self.samples.latent_tokens[drawn] + self.samples.text_tokens[drawn]
+        worst = int(np.argmax(least))
+        if least[worst] > self.config.lengths[-1]:
+            raise InputError(
+                f"one latent frame of sample {drawn[worst]} and its caption have {least[worst]} "
+                f"tokens, rows have {self.config.lengths[-1]}; raise pack.lengths or encode at a "
+                "smaller area"
+            )
+
+    def _weigh(self) -> np.ndarray:
+        """What each sample takes of a block, in tokens.
+
+        Rows are full where there is enough to put beside what is over half a row, and then a sample
+        takes its tokens. Otherwise each of these takes a row, and what is beside it takes nothing.
+        """
+        length = self.config.lengths[-1]
+        pieces, tokens = self.samples.pieces(length), self.samples.tokens(length)
+        mains = np.where((pieces > 1) | (tokens * 2 > length), pieces, 0)
+        expected = [0.0, 0.0]
+        for group, draws in zip(self.mixture.groups, self.mixture.draws, strict=True):
+            members = np.array(group.samples)
+            expected[0] += draws * mains[members].mean() * length
+            expected[1] += draws * tokens[members].mean()
+        return mains * length if expected[0] > expected[1] else tokens
+
+    def _measure_quota(self) -> int:
+        """What a block takes, in weights: as much as surely fits its rows, tried on some."""
+        config = self.config
+        block = self.block_steps * config.tokens
+        found = []
+        for trial in range(TRIALS):
+            numbers, _ = self._draws(trial * block, (trial + 1) * block)
+            needed = rows_needed(
+                self.samples.take(numbers), config.lengths[-1], config.max_segments
+            )
+            found.append(self._weights[numbers].sum() / (needed * config.lengths[-1]))
+        # A block may begin and end within what a draw takes, unless every draw takes whole rows.
+        weights = self._weights[self._drawn()]
+        if weights.min() == weights.max() and set(found) == {1.0}:
+            return max(block // int(weights.max()), 1) * int(weights.max())
+        over = (weights.max() + config.lengths[-1]) / block
+        spread = max(found) - min(found) + 4 * float(np.std(found))
+        return max(int(block * min(min(found) - spread - over, FULL)), 1)
+
+    def _make_prefix(self, group: int, epoch: int) -> np.ndarray:
+        members = np.array(self.mixture.groups[group].samples)
+        return np.cumsum(self._weights[members[self.mixture.order(group, epoch)]])
+
+    def _before(self, draws: int) -> int:
+        """Weight of all draws before a number of them that is a multiple of the mixture's block."""
+        total = 0
+        for number, (group, share) in enumerate(
+            zip(self.mixture.groups, self.mixture.draws, strict=True)
+        ):
+            epochs, rest = divmod(draws // DRAWS * share, len(group.samples))
+            total += epochs * int(self._weights[np.array(group.samples)].sum())
+            total += int(self._prefix(number, epochs)[rest - 1]) if rest else 0
+        return total
+
+    def _find(self, weight: int) -> int:
+        """The first draw before which there is at least this weight."""
+        if weight <= 0:
+            return 0
+        # Sums grow evenly but for what shuffles do to them: bisect around where they should be.
+        guess, reach = int(weight / self._block_weight), 8
+        low, high = max(guess - reach, 0), guess + reach
+        while self._before(low * DRAWS) >= weight or self._before(high * DRAWS) < weight:
+            reach *= 8
+            low, high = max(guess - reach, 0), guess + reach
+        number = low + bisect.bisect_left(
+            range(low, high), weight, key=lambda n: self._before((n + 1) * DRAWS)
+        )
+        draw, total = number * DRAWS, self._before(number * DRAWS)
+        while total < weight:
+            total += int(self._weights[self.mixture[draw][0]])
+            draw += 1
+        return draw
+
+    def _draws(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples and epochs of the draws from one weight to another."""
+        places = range(self._find(begin), self._find(end))
+        drawn = [self.mixture[place] for place in places]
+        numbers, epochs = np.array(drawn, int).reshape(-1, 2).T
+        return numbers, epochs
+
+    def _make_block(self, block: int) -> list[Step]:
+        numbers, epochs = self._draws(block * self._quota, (block + 1) * self._quota)
+        members = self.samples.take(numbers)
+        for part in (1.0, 0.75, 0.5, 0.25, 0.0) if len(self.config.lengths) > 1 else (0.0,):
+            rng = np.random.default_rng((self.mixture.seed, block))
+            steps = self._arrange(members, part, rng)
+            if steps is not None:
+                break
+        else:
+            raise InputError(
+                f"samples {numbers.min()} to {numbers.max()} do not fit the {self.block_steps} "
+                f"steps of {self.config.rows} rows of block {block} of packs, or do not fill them; "
+                "use more pack.rows, or another pipeline.seed"
+            )
+        samples, epochs = numbers.tolist(), epochs.tolist()
+        return [
+            Step(
+                length,
+                [[Piece(samples[n], epochs[n], first, t) for n, first, t in row] for row in rows],
+            )
+            for length, rows in steps
+        ]
+
+    def _arrange(self, members: Samples, part: float, rng) -> list[tuple[int, list]] | None:
+        """Steps of every length: shorter rows take what fits them, at most `part` of it.
+
+        What they leave goes to the longer ones, which need small samples to be full.
+        """
+        config, steps = self.config, []
+        tokens = members.tokens(config.lengths[-1])
+        video = members.latents > 1
+        left = np.ones(len(members), bool)
+        for length in config.lengths[:-1]:
+            fits = left & (members.latents * members.latent_tokens + members.text_tokens <= length)
+            if not part or not tokens[fits & video].sum():
+                continue
+            # As many images, of what is left, as videos.
+            images = tokens[fits & video].sum() / tokens[left & video].sum()
+            fits &= video | (rng.random(len(fits)) < images)
+            count = int(part * tokens[fits].sum() / config.tokens)
+            order = rng.permutation(np.flatnonzero(fits))
+            for fill in SHORT_FILLS if count else ():
+                own = order[np.cumsum(tokens[order]) <= fill * count * config.tokens]
+                found = self._fitted(members, own, length, count, rng)
+                if found is not None:
+                    left[own] = False
+                    steps += [(length, rows) for rows in found]
+                    break
+        own = np.flatnonzero(left)
+        count = self.block_steps - len(steps)
+        found = self._fitted(members, own, config.lengths[-1], count, rng)
+        if found is None:
+            return None
+        steps += [(config.lengths[-1], rows) for rows in found]
+        return [steps[number] for number in rng.permutation(len(steps))]
+
+    def _fitted(self, members: Samples, own: np.ndarray, length: int, steps: int, rng):
+        if not steps:
+            return None if len(own) else []
+        found = arrange(
+            members.take(own),
+            length,
+            steps=steps,
+            rows=self.config.tokens // length,
+            most_segments=self.config.max_segments,
+            width=self.width,
+            rng=rng,
+        )
+        if found is None:
+            return None
+        return [[[(int(own[n]), *rest) for n, *rest in row] for row in rows] for rows in found]
 
 
-def lay_out(rows: list[list[Segment]], config: Config, patch_values: int) -> dict[str, np.ndarray]:
-    """Rows of segments as a pack."""
-    B, L, M = len(rows), config.row_tokens, config.max_segments
+def lay_out(
+    rows: list[list[Segment]], *, length: int, max_segments: int, patch_values: int
+) -> dict[str, np.ndarray]:
+    """Rows of segments as a pack of rows of `length`."""
+    B, L, M = len(rows), length, max_segments
     pack = {
         "patches_BLP": np.zeros((B, L, patch_values), np.float32),
         "text_ids_BL": np.zeros((B, L), np.int32),

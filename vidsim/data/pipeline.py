@@ -5,13 +5,14 @@ data is one number, and the same on any number of hosts and workers.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from vidsim.data import buckets, packing
 from vidsim.data.latents import Latents
+from vidsim.data.rows import Samples
 from vidsim.data.sources import Clips, caption_of
 from vidsim.diffusion import conditions
 from vidsim.layers import rotary
@@ -39,108 +40,108 @@ def stream(plan, load, *, start: int, config: Config) -> Iterator[dict[str, np.n
 
 @dataclasses.dataclass(frozen=True)
 class LoadPixels:
-    """A step of the pixel plan to `{"video_BTHWC": uint8}`; this host's `rows` of it."""
+    """A step of the pixel plan to `{"video_BTHWC": uint8}`; this host's `rows` of it.
+
+    Which frames of a clip are shown is drawn from (seed, record, epoch).
+    """
 
     clips: Clips
-    rows: tuple[int, int]  # this host's share of a batch: (number, of how many)
+    rows: tuple[slice, int]  # of a batch in so many equal parts, those that this host loads
     seed: int
 
     def __call__(self, planned) -> dict[str, np.ndarray]:
         bucket, samples = planned
-        number, hosts = self.rows
-        share = len(samples) // hosts
+        own, parts = self.rows
+        share = len(samples) // parts
         videos = []
-        for record, epoch in samples[number * share : (number + 1) * share]:
-            rng = np.random.default_rng((self.seed, record, epoch))
-            slack = self.clips.index[record]["frames"] - bucket.frames
-            start = int(rng.integers(slack + 1))
-            videos.append(
-                self.clips.window(record, start, bucket.frames, bucket.height, bucket.width)
-            )
+        for record, epoch in samples[own.start * share : own.stop * share]:
+            start = self.first_frame(bucket, record, epoch)
+            videos.append(self.clips.window(record, start, *bucket.shape))
         return {"video_BTHWC": np.stack(videos)}
+
+    def first_frame(self, bucket: buckets.Bucket, record: int, epoch: int) -> int:
+        """The frame that a clip's window begins with."""
+        rng = np.random.default_rng((self.seed, record, epoch))
+        return int(rng.integers(self.clips.index[record]["frames"] - bucket.frames + 1))
 
 
 def pixels(
-    clips: Clips,
-    split: str,
-    config: buckets.Config,
-    pipeline: Config,
-    *,
-    start: int,
-    hosts,
-    devices,
+    clips: Clips, plan: buckets.Plan, pipeline: Config, *, start: int, rows: tuple[slice, int]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of pixels for the VAE. `hosts` is (this host, number of hosts)."""
-    plan = buckets.Plan(
-        buckets.assign(clips.index, split, config, devices=devices), seed=pipeline.seed
-    )
-    return stream(plan, LoadPixels(clips, hosts, pipeline.seed), start=start, config=pipeline)
+    """Batches of pixels for the VAE; `rows` as of `LoadPixels`."""
+    return stream(plan, LoadPixels(clips, rows, pipeline.seed), start=start, config=pipeline)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadPack:
     """A step of the pack plan to a pack; this host's rows of it.
 
-    Captions, dropped text and given latents are drawn from (seed, sample, epoch).
+    Captions, dropped text and given latents of a piece are drawn from (seed, sample, epoch, first
+    latent). Samples are positions in the cache.
     """
 
     latents: Latents
-    samples: tuple[int, ...]  # positions in the cache of the plan's samples
     tokenizer: Tokenizer
     pack: packing.Config
     conditions: conditions.Config
     text_dropout: float
     patch: int
     compression: tuple[int, int]
-    rows: tuple[int, int]
+    rows: tuple[slice, int]  # of a pack in so many equal parts, those that this host loads
     seed: int
+    caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by origin
 
-    def __call__(self, planned) -> dict[str, np.ndarray]:
-        number, hosts = self.rows
-        share = len(planned) // hosts
-        own = planned[number * share : (number + 1) * share]
-        segments = [[self.segment(sample, epoch) for sample, epoch in row] for row in own]
-        values = self.patch**2 * self.latents.index[0]["channels"]
-        return packing.lay_out(segments, self.pack, values)
+    def __call__(self, planned: packing.Step) -> dict[str, np.ndarray]:
+        own, parts = self.rows
+        share = len(planned.rows) // parts
+        rows = planned.rows[own.start * share : own.stop * share]
+        return packing.lay_out(
+            [[self.segment(piece) for piece in row] for row in rows],
+            length=planned.length,
+            max_segments=self.pack.max_segments,
+            patch_values=self.patch**2 * self.latents.index[0]["channels"],
+        )
 
-    def segment(self, sample: int, epoch: int) -> packing.Segment:
-        number = self.samples[sample]
-        row = self.latents.index[number]
-        rng = np.random.default_rng((self.seed, sample, epoch))
-        text_ids = self.tokenizer.encode(caption_of(row, rng))
+    def segment(self, piece: packing.Piece) -> packing.Segment:
+        row = self.latents.index[piece.sample]
+        rng = np.random.default_rng((self.seed, piece.sample, piece.epoch, piece.first))
+        text_ids = self.tokenizer.encode(caption_of(row, rng, self.caption_weights))
         if rng.random() < self.text_dropout:
             text_ids = [NULL]
-        t, h, w = row["grid"]
-        grid = (t, h // self.patch, w // self.patch)
-        drawn = conditions.draw(rng, t, self.conditions)
+        _, h, w = row["grid"]
+        grid = (piece.latents, h // self.patch, w // self.patch)
+        drawn = conditions.draw(rng, piece.latents, self.conditions)
         each = grid[1] * grid[2]
+        clip_tHWC = self.latents[piece.sample]
         return packing.Segment(
-            patches_LP=patchify(self.latents[number], self.patch),
+            patches_LP=patchify(clip_tHWC[piece.first : piece.first + piece.latents], self.patch),
             positions_L3=rotary.grid_positions(
                 grid,
                 fps=row["fps"],
                 compression=(self.compression[0], self.compression[1] * self.patch),
+                first_latent=piece.first,
             ),
             given_L=np.repeat(drawn.given_t, each),
             time_index_L=np.repeat(drawn.time_index_t, each),
             text_ids=text_ids,
             text_positions_S3=rotary.text_positions(len(text_ids)),
-            size=(t, row["height"], row["width"]),
+            size=(piece.latents, row["height"], row["width"]),
         )
 
 
-def token_length(row: dict, tokenizer: Tokenizer, patch: int) -> int:
-    """Tokens to reserve for a latent record: its patches and its longest caption."""
-    t, h, w = row["grid"]
-    texts = [tokenizer.encode(text) for text, _ in row["captions"]] or [[NULL]]
-    return t * (h // patch) * (w // patch) + max(map(len, texts))
-
-
-def packs(load: LoadPack, pipeline: Config, *, start: int) -> Iterator[dict[str, np.ndarray]]:
-    """Packs for the transformer."""
-    lengths = [
-        token_length(load.latents.index[number], load.tokenizer, load.patch)
-        for number in load.samples
+def token_counts(index: Sequence[dict], tokenizer: Tokenizer, patch: int) -> Samples:
+    """What packing needs to know of latent records; for text, their longest captions."""
+    grids = np.array([row["grid"] for row in index], int).reshape(-1, 3)
+    texts = [
+        max([len(tokenizer.encode(text)) for text, _ in row["captions"]], default=1)
+        for row in index
     ]
-    plan = packing.Plan(lengths, load.pack, seed=pipeline.seed)
+    each = (grids[:, 1] // patch) * (grids[:, 2] // patch)
+    return Samples(grids[:, 0], each, np.array(texts, int))
+
+
+def packs(
+    load: LoadPack, plan: packing.Plan, pipeline: Config, *, start: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Packs for the transformer."""
     return stream(plan, load, start=start, config=pipeline)

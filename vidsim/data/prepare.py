@@ -1,307 +1,113 @@
-"""Files of any kind to shards of clip records: list, examine, caption, split, cut, write.
+"""Files of any kind to a folder of shards: units of work, the order of the stages, the accounts.
 
-Every stage is a pure function of a file, so that the stages can be mapped over many machines.
-Nothing is encoded again. Every input file is accounted for in manifest.json: its clips, its image,
-the reason why it was put into quarantine, or that it was ignored.
+A unit of examining is a few files, a unit of writing is one shard; `data/clips.py` does the work
+and `data/engine.py` says where. Both plans are pure functions of the sorted files, and what needs
+all files at once (near-duplicates, splits, shards) is decided between the two, in their order. So
+the output is the same, byte for byte, whatever ran where, how often, and when. What a unit made
+stays in a folder beside the output, .NAME.work, until all is done: run again, it goes on there.
+
+Every input file is accounted for in manifest.json: kept, split into clips, filtered (by which
+filter, with value and bound), in quarantine (why), or ignored. funnel.html shows it.
 """
 
+import contextlib
 import dataclasses
-import hashlib
-import json
+import fcntl
+import functools
 import os
 import pathlib
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
 
-from vidsim import progress
-from vidsim.data import packets, records, video
+from vidsim.data import clips, engine, funnel, isolated, listing, measures, records, video
+from vidsim.data import shots as shot_cuts
+from vidsim.data.clips import Config, Fate, Finding
 from vidsim.errors import InputError
-from vidsim.files import atomic_path, read_json, write_json, write_jsonl
+from vidsim.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 
-_IGNORED_ENDINGS = (".json", ".jsonl", ".txt", ".md")
-_CAPTIONS = "captions.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    input: str  # a folder, searched recursively
-    out: str
-    validation_share: float = 0.1
-    max_seconds: float = 10.0  # longer videos are cut into clips
-    records_per_shard: int = 256
-    min_side: int = 16  # pixels
+# A unit of examining is at most so many files and bytes: seconds of work, that several workers end
+# together; but of large inputs there are not more units than these, twice over.
+_UNIT_FILES, _UNIT_BYTES, _MANY_UNITS = 64, 4_000_000, 4096
+# A decoder that makes no step forward for so long hangs, on any machine; reading takes its time.
+_PATIENCE_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 10e6
+_TOTALS = ("clips", "images", "filtered", "quarantined")
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What a file is: a number of clips, an image, or the reason why it is neither."""
+def prepare(config: Config, *, on: engine.Engine = engine.HERE) -> dict:
+    """Writes the folder of shards; returns how many "clips", "images", ..., and "out".
 
-    file: str  # relative to the input folder
-    kind: str  # "video" | "image" | "quarantined"
-    clips: int = 0
-    reason: str = ""
-
-
-def prepare(config: Config) -> dict:
-    """Writes the folder of shards and returns `{"clips", "images", "quarantined", "out"}`.
-
-    The folder appears when it is complete. Where it is already there, made from the same files and
-    config, nothing is done.
+    Clips are those of videos; filtered counts clips, quarantined counts files. The folder appears
+    when it is complete. Where it is already there, made from the same files and config, nothing is
+    done. `on` says where the work runs and never changes what comes out.
 
     Raises:
-        InputError: when input, captions or config are wrong, when no file can be decoded, or when
-            `config.out` holds something else.
+        InputError: when input, captions or config are wrong, when no file can be decoded or no clip
+            passes the filters, or when `config.out` holds something else.
     """
-    folder, out = pathlib.Path(config.input), pathlib.Path(config.out)
-    media, ignored, captions, made_from, done = _look(config)
-    if done is not None:
-        return done
-
-    findings = [
-        examine(folder, file, config)
-        for file in progress.bar(media, desc="prepare: decode", unit="file")
-    ]
-    good = [finding for finding in findings if finding.kind != "quarantined"]
-    bad = [finding for finding in findings if finding.kind == "quarantined"]
-    if not good:
-        reasons = "; ".join(f"{finding.file} {finding.reason}" for finding in bad[:3])
-        raise InputError(
-            f"none of the {len(bad)} files in {folder} can be used: {reasons}; give other files"
-        )
-    splits = split_sources([finding.file for finding in good], config.validation_share)
-    clips = (
-        clip
-        for finding in progress.bar(good, desc="prepare: write", unit="file")
-        for clip in make_clips(folder, finding, captions, splits, config)
-    )
-    totals = {
-        "clips": sum(finding.clips for finding in good if finding.kind == "video"),
-        "images": sum(finding.kind == "image" for finding in good),
-        "quarantined": len(bad),
-    }
-    with atomic_path(out) as temporary:
-        temporary.mkdir()
-        records.write_shards(temporary, clips, config.records_per_shard)
-        quarantine = [{"file": finding.file, "reason": finding.reason} for finding in bad]
-        write_jsonl(temporary / "quarantine.jsonl", quarantine)
-        fates = {finding.file: _fate(finding) for finding in findings}
-        fates |= {file: {"fate": "ignored"} for file in ignored}
-        manifest = {
-            **totals,
-            "ignored": len(ignored),
-            "made_from": made_from,
-            "files": dict(sorted(fates.items())),
-        }
-        write_json(temporary / "manifest.json", manifest)
-    return {**totals, "out": str(out)}
+    looked = _look(config)
+    out = pathlib.Path(os.path.abspath(config.out))
+    work = out.with_name(f".{out.name}.work")
+    if looked.done is not None:
+        shutil.rmtree(work, ignore_errors=True)
+        return looked.done
+    # Workers may stand in another folder.
+    config = dataclasses.replace(config, input=os.path.abspath(config.input), out=str(out))
+    with _held(work, looked.made_from), engine.started(on) as run:
+        findings = _examine(work, config, looked.media, run)
+        fates = clips.decide(findings, looked.captions.of, config)
+        _check_any_left(config, fates)
+        rows = [row for fate in fates for row in fate.rows]
+        shards = records.plan_shards([row["split"] for row in rows], config.records_per_shard)
+        _write(work, config, fates, shards, run)
+        totals = _complete(work, config, looked, fates, shards)
+        os.replace(work / "out", out)
+        shutil.rmtree(work)
+    return totals | {"out": looked.out}
 
 
 def check_input(config: Config) -> None:
     """Finds what is wrong as far as it can be known without decoding; writes nothing.
 
     Raises:
-        InputError: as `prepare` would, for all but files that cannot be decoded.
+        InputError: as `prepare` would, for all but what only decoding shows.
     """
     _look(config)
 
 
-def _look(config: Config) -> tuple[list[str], list[str], dict, dict, dict | None]:
-    """(media, ignored, captions, what the shards are made from, totals when all is done)."""
+@dataclasses.dataclass(frozen=True)
+class _Looked:
+    """What is known before anything is decoded."""
+
+    media: list[str]
+    ignored: list[str]
+    unnamed: list[str]  # files whose names are no text, as they can be shown
+    captions: listing.Captions
+    made_from: dict
+    out: str
+    done: dict | None  # totals, when the output is there
+
+
+def _look(config: Config) -> _Looked:
     _check_config(config)
-    folder, out = pathlib.Path(config.input), pathlib.Path(config.out)
-    media, ignored = list_files(folder)
+    folder = pathlib.Path(config.input)
+    found, ignored = listing.list_files(folder)
+    media = [file for file in found if listing.shown(file) == file]
     if not media:
         raise InputError(f"{folder} holds no video or image; give a folder of mp4, png, ... files")
-    captions = read_captions(folder, media, ignored)
+    settings = dataclasses.asdict(config)
     made_from = {
-        "config": {
-            k: v for k, v in dataclasses.asdict(config).items() if k not in ("input", "out")
-        },
-        "files": fingerprint(folder, media, ignored),
+        "config": {key: settings[key] for key in settings if key not in ("input", "out")},
+        "files": listing.fingerprint(folder, found, ignored),
     }
-    return media, ignored, captions, made_from, _existing(out, made_from)
-
-
-def list_files(folder: pathlib.Path) -> tuple[list[str], list[str]]:
-    """Paths below `folder`, in order: (what may be a video or image, what is ignored).
-
-    Ignored are hidden files and folders (a folder counts as one, ending in "/") and text.
-    """
-    if not folder.exists():
-        raise InputError(f"{folder} does not exist; give the folder of your videos and images")
-    if not folder.is_dir():
-        raise InputError(f"{folder} is a file; give the folder that it lies in")
-    media, ignored, seen = [], [], set()
-
-    def stop(error: OSError):
-        raise InputError(f"{error.filename} cannot be read: {error.strerror}; mend its permissions")
-
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=stop):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link to a folder that contains it, or that was here before
-            folders.clear()
-            continue
-        seen.add(real)
-        relative = pathlib.Path(parent).relative_to(folder)
-        ignored += [f"{(relative / name).as_posix()}/" for name in folders if name[0] == "."]
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        for name in files:
-            skip = name[0] == "." or name.lower().endswith(_IGNORED_ENDINGS)
-            (ignored if skip else media).append((relative / name).as_posix())
-    return sorted(media), sorted(ignored)
-
-
-def read_captions(
-    folder: pathlib.Path, media: list[str], ignored: list[str]
-) -> dict[str, tuple[tuple[str, str], ...]]:
-    """Captions (text, origin) of files; a captions.jsonl speaks of the files in its own folder."""
-    known, captions = set(media), {}
-    for listed in ignored:
-        path = folder / listed
-        if path.name != _CAPTIONS:
-            continue
-        # Not splitlines(): a caption may hold one of the other characters that it cuts at.
-        for number, line in enumerate(_read_text(path).split("\n"), 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            file, texts = _caption_row(line, where)
-            source = (pathlib.PurePosixPath(listed).parent / file).as_posix()
-            if source not in known:
-                raise InputError(
-                    f"{where} has a caption for {file!r}, which is no file beside it;"
-                    " mend the name or remove the row"
-                )
-            captions[source] = (*captions.get(source, ()), *((text, "given") for text in texts))
-    return captions
-
-
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; mend or remove it") from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path} line {line} is not UTF-8: byte 0x{data[error.start]:02x} at offset"
-            f" {error.start} of the file; save the file as UTF-8"
-        ) from error
-
-
-def _caption_row(line: str, where: str) -> tuple[str, list[str]]:
-    remedy = 'write {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error}); {remedy}") from error
-    if not isinstance(row, dict) or ("caption" in row) == ("captions" in row):
-        raise InputError(f"{where} is not a row of a file and its caption; {remedy}")
-    file, texts = row.get("file"), row["captions"] if "captions" in row else [row["caption"]]
-    if not isinstance(file, str) or not isinstance(texts, list):
-        raise InputError(f"{where} is not a row of a file and its caption; {remedy}")
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise InputError(f"{where} has a caption that is not text, or empty; {remedy}")
-    return file, texts
-
-
-def fingerprint(folder: pathlib.Path, media: list[str], ignored: list[str]) -> str:
-    """A hash of the names, sizes and times of change of the files that matter."""
-    captions = [file for file in ignored if pathlib.PurePosixPath(file).name == _CAPTIONS]
-    digest = hashlib.sha256()
-    for file in media + captions:
-        try:
-            stat = (folder / file).stat()
-            row = [file, stat.st_size, stat.st_mtime_ns]
-        except OSError as error:  # a link to nowhere; `examine` gives it its reason
-            row = [file, error.errno]
-        digest.update(json.dumps(row).encode())
-    return digest.hexdigest()
-
-
-def examine(folder: pathlib.Path, file: str, config: Config) -> Finding:
-    """Decodes every frame of every clip of the file, a clip at a time."""
-    try:
-        info = video.probe(folder / file)
-        if min(info.width, info.height) < config.min_side:
-            raise video.DecodeError(
-                f"is {info.width}x{info.height}, smaller than min_side={config.min_side}"
-            )
-        number = 0
-        for piece in _pieces(folder / file, info, config):
-            stored = video.probe(piece.data)
-            if (stored.width, stored.height) != (info.width, info.height):
-                raise video.DecodeError("loses its rotation when cut; convert it to mp4")
-            video.check(piece.data)
-            number += 1
-    except video.DecodeError as error:
-        return Finding(file, "quarantined", reason=str(error))
-    except Exception as error:  # one file that nobody foresaw must not stop the others
-        reason = " ".join(f"cannot be read: {type(error).__name__}: {error}".split())
-        return Finding(file, "quarantined", reason=reason)
-    is_image = info.is_image_file and info.frames == 1
-    return Finding(file, "image" if is_image else "video", clips=number)
-
-
-def split_sources(sources: list[str], validation_share: float) -> dict[str, str]:
-    """The split of every source, by a hash of its name: other files do not change it.
-
-    There is one exception: "train" gets at least one source, and of two sources or more so does
-    "validation" (that whose hash is nearest), unless the share is 0.
-    """
-    place = {s: int(hashlib.sha256(s.encode()).hexdigest(), 16) / 2**256 for s in sources}
-    splits = {s: "validation" if place[s] < validation_share else "train" for s in sources}
-    if len(sources) > 1 and validation_share > 0 and "validation" not in splits.values():
-        splits[min(sources, key=place.__getitem__)] = "validation"
-    if sources and "train" not in splits.values():
-        splits[max(sources, key=place.__getitem__)] = "train"
-    return splits
-
-
-def make_clips(
-    folder: pathlib.Path, finding: Finding, captions: dict, splits: dict, config: Config
-) -> Iterator[records.Clip]:
-    """The records of a file that `examine` found good."""
-    path = folder / finding.file
-    info = video.probe(path)
-    for number, piece in enumerate(_pieces(path, info, config)):
-        yield records.Clip(
-            id=clip_id(finding.file, number),
-            source=finding.file,
-            data=piece.data,
-            first_frame=piece.first_frame,
-            width=info.width,
-            height=info.height,
-            frames=piece.frames,
-            fps=info.fps,
-            rotation=info.rotation,
-            captions=captions.get(finding.file, ()),
-            split=splits[finding.file],
-        )
-
-
-def clip_id(file: str, number: int) -> str:
-    return f"{file}#{number:04d}"
-
-
-def _pieces(path: pathlib.Path, info: video.VideoInfo, config: Config) -> Iterator[packets.Piece]:
-    """The parts of a file: images and short videos that cannot be copied are taken as they are."""
-    if not info.is_image_file:
-        try:
-            yield from packets.cut(path, config.max_seconds)
-            return
-        except video.DecodeError:
-            if info.duration > config.max_seconds:
-                raise
-    yield packets.Piece(path.read_bytes(), 0, info.frames)
-
-
-def _fate(finding: Finding) -> dict:
-    if finding.kind == "quarantined":
-        return {"fate": "quarantined", "reason": finding.reason}
-    ids = [clip_id(finding.file, number) for number in range(finding.clips)]
-    return {"fate": finding.kind, "clips": ids}
+    return _Looked(
+        media=media,
+        ignored=[listing.shown(file) for file in ignored],
+        unnamed=[listing.shown(file) for file in found if listing.shown(file) != file],
+        captions=listing.read_captions(folder, media, ignored),
+        made_from=made_from,
+        out=config.out,
+        done=_existing(pathlib.Path(config.out), made_from),
+    )
 
 
 def _check_config(config: Config) -> None:
@@ -311,6 +117,8 @@ def _check_config(config: Config) -> None:
         raise InputError(f"{config.max_seconds=} is not positive; give seconds, for instance 10")
     if config.records_per_shard < 1:
         raise InputError(f"{config.records_per_shard=} is not positive; give for instance 256")
+    if config.shot_cuts:
+        shot_cuts.check_installed()
     folder, out = pathlib.Path(config.input).resolve(), pathlib.Path(config.out).resolve()
     if out == folder or folder in out.parents or out in folder.parents:
         raise InputError(
@@ -330,4 +138,212 @@ def _existing(out: pathlib.Path, made_from: dict) -> dict | None:
         same_config = (manifest.get("made_from") or {}).get("config") == made_from["config"]
         what = "files that have changed since" if same_config else "another config"
         raise InputError(f"{out} was prepared from {what}; {remedy}")
-    return {key: manifest[key] for key in ("clips", "images", "quarantined")} | {"out": str(out)}
+    return {key: manifest[key] for key in _TOTALS} | {"out": str(out)}
+
+
+@contextlib.contextmanager
+def _held(work: pathlib.Path, made_from: dict) -> Iterator[None]:
+    """The work folder, for this process alone; emptied first when it is of other work."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"another process is at work in {work}; wait until it ends, or stop it"
+            ) from None
+        note = work / "made_from.json"
+        if not note.exists() or read_json(note) != made_from:
+            for path in work.iterdir():
+                if path.name != "lock":
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            write_json(note, made_from)
+        try:
+            yield
+        except InputError:  # the same again would end the same
+            shutil.rmtree(work)
+            raise
+
+
+def _check_any_left(config: Config, fates: Sequence[Fate]) -> None:
+    if any(fate.rows for fate in fates):
+        return
+    good = [fate for fate in fates if fate.filtered]
+    if not good:
+        reasons = "; ".join(f"{fate.finding.file} {fate.finding.reason}" for fate in fates[:3])
+        raise InputError(
+            f"none of the {len(fates)} files in {config.input} can be used: {reasons};"
+            " give other files"
+        )
+    first = good[0].filtered[0]
+    raise InputError(
+        f"filters drop all {sum(len(fate.filtered) for fate in good)} clips of {config.input}, for"
+        f" instance {first['id']}: {first['filter']} of {first['value']:g} at a bound of"
+        f" {first['bound']:g}; loosen the filters"
+    )
+
+
+# Units
+
+
+def units(config: Config) -> list[dict]:
+    """The units of examining of `config`."""
+    return plan_units(pathlib.Path(config.input), _look(config).media)
+
+
+def plan_units(folder: pathlib.Path, media: Sequence[str]) -> list[dict]:
+    """The files of each unit of examining: a pure function of names and sizes, in their order."""
+    sizes = [_size(folder / file) for file in media]
+    most_files = max(_UNIT_FILES, len(media) // _MANY_UNITS)
+    most_bytes = max(_UNIT_BYTES, sum(sizes) // _MANY_UNITS)
+    units: list[dict] = []
+    files, held = [], 0
+    for file, size in zip(media, sizes, strict=True):
+        if files and (len(files) == most_files or held + size > most_bytes):
+            units.append({"number": len(units), "files": files})
+            files, held = [], 0
+        files.append(file)
+        held += size
+    return [*units, {"number": len(units), "files": files}]
+
+
+def _size(path: pathlib.Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nowhere; examining it gives the reason
+        return 0
+
+
+def _findings_path(work: pathlib.Path, unit: dict) -> pathlib.Path:
+    return work / f"findings-{unit['number']:06d}.jsonl"
+
+
+def _pictures_path(work: pathlib.Path, unit: dict) -> pathlib.Path:
+    return work / f"pictures-{unit['number']:06d}.jsonl"
+
+
+def _examine(work: pathlib.Path, config: Config, media: list[str], run: Callable) -> list[Finding]:
+    units = plan_units(pathlib.Path(config.input), media)
+    todo = [unit for unit in units if not _findings_path(work, unit).exists()]
+    run(functools.partial(examine_unit, work, config), todo, desc="prepare: examine", unit="unit")
+    return [
+        Finding.from_json(row) for unit in units for row in read_jsonl(_findings_path(work, unit))
+    ]
+
+
+def examine_unit(work: pathlib.Path, config: Config, unit: dict) -> int:
+    """Examines the files of a unit, each in the child process; leaves the findings in `work`."""
+    folder, findings, pictures = pathlib.Path(config.input), [], []
+    for file in unit["files"]:
+        patience = _PATIENCE_SECONDS + _size(folder / file) / _SLOW_BYTES_A_SECOND
+        try:
+            finding, strips = isolated.shared().call(
+                clips.examine, folder, file, config, patience=patience
+            )
+        except isolated.Crashed as error:
+            finding, strips = Finding(file, "quarantined", reason=str(error)), []
+        findings.append(finding.to_json())
+        for number, strip in enumerate(strips):
+            uri = measures.data_uri(strip)
+            pictures.append({"id": clips.clip_id(file, number), "picture": uri})
+    write_jsonl(_pictures_path(work, unit), pictures)
+    write_jsonl(_findings_path(work, unit), findings)  # last: with it the unit is done
+    return len(findings)
+
+
+def _write(
+    work: pathlib.Path,
+    config: Config,
+    fates: Sequence[Fate],
+    shards: Sequence[records.Shard],
+    run: Callable,
+) -> None:
+    (work / "out").mkdir(exist_ok=True)
+    made = [(fate.finding, number, row) for fate in fates for number, row in fate.by_number()]
+    todo = []
+    for shard in shards:
+        if (work / "out" / shard.name).exists():
+            continue
+        files: dict[str, dict] = {}
+        for finding, number, row in (made[i] for i in shard.records):
+            start = {"info": dataclasses.asdict(finding.info), "shots": finding.shots, "rows": []}
+            files.setdefault(finding.file, start)["rows"].append([number, row])
+        todo.append({"name": shard.name, "files": files})
+    run(functools.partial(write_unit, work, config), todo, desc="prepare: write", unit="shard")
+
+
+def write_unit(work: pathlib.Path, config: Config, unit: dict) -> int:
+    """Writes the shard that the unit names, from its files and the index rows of their clips."""
+
+    def made() -> Iterator[records.Clip]:
+        for file, part in unit["files"].items():
+            path, info = pathlib.Path(config.input) / file, video.VideoInfo(**part["info"])
+            rows = dict(part["rows"])
+            yield from clips.make_clips(path, info, rows, config, shots=part["shots"])
+
+    records.write_shard(work / "out" / unit["name"], made())
+    return sum(len(part["rows"]) for part in unit["files"].values())
+
+
+# Accounts
+
+
+def _complete(
+    work: pathlib.Path,
+    config: Config,
+    looked: _Looked,
+    fates: Sequence[Fate],
+    shards: Sequence[records.Shard],
+) -> dict:
+    """Writes everything beside the shards, removes what killed workers left; the totals."""
+    out, rows = work / "out", [row for fate in fates for row in fate.rows]
+    names = {shard.name for shard in shards}
+    for path in out.iterdir():
+        if path.name not in names:
+            path.unlink()
+    records.write_index(out, shards, rows)
+    bad = [
+        {"file": fate.finding.file, "reason": fate.finding.reason}
+        for fate in fates
+        if fate.name == "quarantined"
+    ]
+    bad += [{"file": file, "reason": "has a name that is not UTF-8"} for file in looked.unnamed]
+    bad.sort(key=lambda row: row["file"])
+    write_jsonl(out / "quarantine.jsonl", [*bad, *looked.captions.quarantined])
+    totals = {
+        "clips": sum(len(fate.rows) for fate in fates if fate.finding.kind == "video"),
+        "images": sum(len(fate.rows) for fate in fates if fate.finding.kind == "image"),
+        "filtered": sum(len(fate.filtered) for fate in fates),
+        "quarantined": len(bad),
+    }
+    files = {fate.finding.file: fate.to_json() for fate in fates}
+    files |= {row["file"]: {"fate": "quarantined", "reason": row["reason"]} for row in bad}
+    for file in looked.ignored:
+        files[file] = {"fate": "captions" if listing.is_captions(file) else "ignored"}
+    for row in looked.captions.quarantined:
+        told = {"line": row["line"], "reason": row["reason"]}
+        files[row["file"]].setdefault("quarantined", []).append(told)
+    manifest = {
+        **totals,
+        "caption_rows_quarantined": len(looked.captions.quarantined),
+        "ignored": sum(row["fate"] == "ignored" for row in files.values()),
+        "made_from": looked.made_from,
+        "files": dict(sorted(files.items())),
+    }
+    write_json(out / "manifest.json", manifest)
+    pictures = _pictures(work, config, looked.media, funnel.shown_clips(fates))
+    quarantine = [*bad, *looked.captions.quarantined]
+    write_text(out / "funnel.html", funnel.page(fates, config.filters, quarantine, pictures))
+    return totals
+
+
+def _pictures(
+    work: pathlib.Path, config: Config, media: list[str], wanted: Collection[str]
+) -> dict[str, str]:
+    """The pictures of clips by their ids, as data: URIs."""
+    files, found = {id.rpartition("#")[0] for id in wanted}, {}
+    for unit in plan_units(pathlib.Path(config.input), media):
+        if not files.isdisjoint(unit["files"]):
+            rows = read_jsonl(_pictures_path(work, unit))
+            found |= {row["id"]: row["picture"] for row in rows if row["id"] in wanted}
+    return found

@@ -10,20 +10,21 @@ A folder of shards holds
 The records of the split "train" come first, then those of "validation".
 """
 
-import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from vidsim.data import video
 from vidsim.errors import InputError
-from vidsim.files import read_jsonl, write_jsonl
+from vidsim.files import atomic_path, read_jsonl, write_jsonl
 
 SPLITS = ("train", "validation")
+_NAME, _SUFFIX = "vidsim", "array_record"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,25 +75,23 @@ class Shards:
         self.index: list[dict] = read_jsonl(self.path / "index.jsonl")
         self._files = sorted(str(file) for file in self.path.glob("*.array_record*"))
         self._records = None
+        _readers()
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, i: int) -> Clip:
         row = self.index[i]
-        # Protocol buffers and readers load on first use, in the process that uses them.
-        from tensorflow_datasets.proto import tf_example_pb2
-
+        open_files, example = _readers()
         if self._records is None:
-            from array_record.python import array_record_data_source
-
-            self._records = array_record_data_source.ArrayRecordDataSource(self._files)
-            if len(self._records) != len(self.index):
+            records = open_files(self._files)
+            if len(records) != len(self.index):
                 raise InputError(
-                    f"{self.path} holds {len(self._records)} records but its index.jsonl lists"
+                    f"{self.path} holds {len(records)} records but its index.jsonl lists"
                     f" {len(self.index)}; prepare it again"
                 )
-        record = tf_example_pb2.Example.FromString(self._records[i % len(self.index)])
+            self._records = records
+        record = example.FromString(self._records[i % len(self.index)])
         feature = record.features.feature
         if feature["id"].bytes_list.value[0].decode() != row["id"]:
             raise InputError(
@@ -105,70 +104,132 @@ class Shards:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_records": None}
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        _readers()
 
-def write_shards(folder: str | os.PathLike, clips: Iterable[Clip], records_per_shard: int) -> None:
-    """Writes shards, index and TFDS metadata into an existing folder; same clips, same bytes.
 
-    The caller gives the folder its name when all is there (`files.atomic_path`).
+@functools.cache
+def _readers():
+    """What opens files of records, and the protocol buffer of a record.
+
+    Threads read, but whoever makes the shards imports: while TFDS is imported, `import` means
+    something else in all threads (etils.epy.lazy_imports), and theirs fail or wait for ever.
     """
+    from array_record.python import array_record_data_source
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    return array_record_data_source.ArrayRecordDataSource, tf_example_pb2.Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A file of a folder of shards, and which of the records that were planned it holds."""
+
+    name: str
+    split: str
+    records: tuple[int, ...]
+
+
+def plan_shards(splits: Sequence[str], records_per_shard: int) -> list[Shard]:
+    """The shards of records in a given order; `splits` has the split of each. Names are TFDS's."""
+    shards = []
+    for split in SPLITS:
+        places = [i for i, of in enumerate(splits) if of == split]
+        parts = [
+            tuple(places[i : i + records_per_shard])
+            for i in range(0, len(places), records_per_shard)
+        ]
+        names = (f"{_stem(split)}-{i:05d}-of-{len(parts):05d}" for i in range(len(parts)))
+        shards += [Shard(name, split, part) for name, part in zip(names, parts, strict=True)]
+    return shards
+
+
+def write_shard(path: str | os.PathLike, clips: Iterable[Clip]) -> None:
+    """Writes one shard, whole or not at all; same clips, same bytes, in every process."""
     import tensorflow_datasets as tfds
     from array_record.python import array_record_module
 
-    folder = pathlib.Path(folder)
     features = _features()
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    rows: dict[str, list] = {split: [] for split in SPLITS}
-    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-    sizes = dict.fromkeys(SPLITS, 0)
-    writers = dict.fromkeys(SPLITS)
-    with contextlib.ExitStack() as stack:
-        for clip in clips:
-            split = clip.split
-            if not lengths[split] or lengths[split][-1] == records_per_shard:
-                if writers[split]:
-                    writers[split].close()
-                file = folder / f"{split}-{len(lengths[split]):05d}"
-                # One record a group, for random access; encoded video does not compress.
-                writer = array_record_module.ArrayRecordWriter(
-                    str(file), "group_size:1,uncompressed"
-                )
-                stack.callback(lambda writer=writer: writer.is_open() and writer.close())
-                writers[split] = writer
-                lengths[split].append(0)
-            example = serializer.get_tf_example(features.encode_example(_example(clip)))
-            # A protocol buffer's map has no order of its own.
-            record = example.SerializeToString(deterministic=True)
-            writers[split].write(record)
-            lengths[split][-1] += 1
-            sizes[split] += len(record)
-            rows[split].append(_row(clip))
+    with atomic_path(path) as temporary:
+        # One record a group, for random access; encoded video does not compress.
+        writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
+        try:
+            for clip in clips:
+                example = serializer.get_tf_example(features.encode_example(_example(clip)))
+                # A protocol buffer's map has no order of its own.
+                writer.write(example.SerializeToString(deterministic=True))
+        finally:
+            writer.close()
+
+
+def write_index(folder: str | os.PathLike, shards: Sequence[Shard], rows: Sequence[dict]) -> None:
+    """Writes index and TFDS metadata beside complete shards; `rows` are those of `index_row`.
+
+    Last of all: the caller gives the folder its name when all is there.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = pathlib.Path(folder)
     template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name="vidsim", filetype_suffix="array_record"
+        data_dir=folder, dataset_name=_NAME, filetype_suffix=_SUFFIX
     )
     infos = []
     for split in SPLITS:
-        if not rows[split]:
-            continue
-        named = template.replace(split=split)
-        for shard in range(len(lengths[split])):
-            final = named.sharded_filepath(shard_index=shard, num_shards=len(lengths[split]))
-            os.replace(folder / f"{split}-{shard:05d}", final)
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=lengths[split],
-                num_bytes=sizes[split],
-                filename_template=named,
+        mine = [shard for shard in shards if shard.split == split]
+        if mine:
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[len(shard.records) for shard in mine],
+                    num_bytes=sum((folder / shard.name).stat().st_size for shard in mine),
+                    filename_template=template.replace(split=split),
+                )
             )
-        )
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
-        features=features,
+        features=_features(),
         split_infos=infos,
         filename_template=template,
         check_data=False,
     )
-    write_jsonl(folder / "index.jsonl", [row for split in SPLITS for row in rows[split]])
+    write_jsonl(folder / "index.jsonl", [rows[i] for shard in shards for i in shard.records])
+
+
+def write_shards(folder: str | os.PathLike, clips: Iterable[Clip], records_per_shard: int) -> None:
+    """Writes shards, index and metadata of clips from one iterator into an existing folder.
+
+    Holds the clips of one shard of each split at a time. The number of shards is a part of their
+    names, so they are named at the end.
+    """
+    folder = pathlib.Path(folder)
+    rows: list[dict] = []
+    waiting: dict[str, list[Clip]] = {split: [] for split in SPLITS}
+    parts = dict.fromkeys(SPLITS, 0)
+
+    def flush(split: str) -> None:
+        if waiting[split]:
+            write_shard(folder / f"{split}-{parts[split]:05d}", waiting[split])
+            waiting[split].clear()
+            parts[split] += 1
+
+    for clip in clips:
+        rows.append(index_row(clip))
+        waiting[clip.split].append(clip)
+        if len(waiting[clip.split]) == records_per_shard:
+            flush(clip.split)
+    for split in SPLITS:
+        flush(split)
+    shards = plan_shards([row["split"] for row in rows], records_per_shard)
+    for shard in shards:
+        number = int(shard.name.rpartition("-of-")[0].rpartition("-")[2])
+        os.replace(folder / f"{shard.split}-{number:05d}", folder / shard.name)
+    write_index(folder, shards, rows)
+
+
+def _stem(split: str) -> str:
+    return f"{_NAME}-{split}.{_SUFFIX}"
 
 
 def _features():
@@ -193,10 +254,11 @@ def _features():
 
 def _example(clip: Clip) -> dict:
     captions = [{"text": text, "origin": origin} for text, origin in clip.captions]
-    row = {key: value for key, value in _row(clip).items() if key != "split"}
+    row = {key: value for key, value in index_row(clip).items() if key != "split"}
     return {**row, "captions": captions, "data": clip.data}
 
 
-def _row(clip: Clip) -> dict:
+def index_row(clip: Clip) -> dict:
+    """What index.jsonl says of a clip."""
     names = [field.name for field in dataclasses.fields(Clip) if field.name != "data"]
     return json.loads(json.dumps({name: getattr(clip, name) for name in names}))

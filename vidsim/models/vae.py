@@ -126,9 +126,14 @@ class ResidualBlock(nnx.Module):
         self.norm_out = RMSNorm(channels)
         self.conv_out = CausalConv3d(channels, channels, kernel, rngs=rngs, scale=0.1)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        h = self.conv_in(jax.nn.silu(self.norm_in(x)))
-        return x + self.conv_out(jax.nn.silu(self.norm_out(h)))
+    def __call__(self, x: jax.Array, inside: jax.Array | None = None) -> jax.Array:
+        h = self.conv_in(_only(jax.nn.silu(self.norm_in(x)), inside))
+        return x + self.conv_out(_only(jax.nn.silu(self.norm_out(h)), inside))
+
+
+def _only(x_BTHWC: jax.Array, inside_B1HW1: jax.Array | None) -> jax.Array:
+    """0 outside, as what a convolution sees beyond the border."""
+    return x_BTHWC if inside_B1HW1 is None else jnp.where(inside_B1HW1, x_BTHWC, 0)
 
 
 class Downsample(nnx.Module):
@@ -200,14 +205,34 @@ class VAE(nnx.Module):
         kernel = (self.config.time_kernels[level], space, space)
         return [ResidualBlock(channels, kernel, rngs=rngs) for _ in range(count)]
 
-    def posterior(self, video_BTHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The mean and log-variance, float32 [B, t, h, w, latent_channels]."""
+    def posterior(
+        self, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The mean and log-variance, float32 [B, t, h, w, latent_channels].
+
+        With `sizes_B2`, height and width in pixels on the grid, the rest of each clip is padding:
+        its latents mean nothing, and those of the clip are what they would be without it.
+        """
         self.config.latent_size(*video_BTHWC.shape[1:4])
         lead = jnp.repeat(video_BTHWC[:, :1], self.config.compression[0] - 1, axis=1)
         x = jnp.concatenate([lead, video_BTHWC], axis=1).astype(self.config.dtype)
         x = fold(x, *self.config.patch)
+        inside = None
+        if sizes_B2 is not None:
+            rows, columns = sizes_B2[:, 0, None, None], sizes_B2[:, 1, None, None]
+            pixels = self.config.patch[1]
+            inside = (jnp.arange(x.shape[2])[:, None] < rows // pixels) & (
+                jnp.arange(x.shape[3]) < columns // pixels
+            )
+            inside = inside[:, None, :, :, None]
+        x = _only(x, inside)
         for layer in self.encoder:
+            if isinstance(layer, ResidualBlock):
+                x = layer(x, inside)
+                continue
             x = layer(x)
+            if isinstance(layer, Downsample) and inside is not None:
+                inside = inside[:, :, :: layer.stride[1], :: layer.stride[1]]
         mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(log_variance - 4.0, -20.0, 4.0)
 
@@ -222,10 +247,17 @@ class VAE(nnx.Module):
 
 
 def encode(
-    graphdef: nnx.GraphDef, params, statistics: Statistics, video_BTHWC: jax.Array
+    graphdef: nnx.GraphDef,
+    params,
+    statistics: Statistics,
+    video_BTHWC: jax.Array,
+    sizes_B2: jax.Array | None = None,
 ) -> jax.Array:
-    """Normalised latents of videos in [-1, 1]: zero mean, unit variance a channel."""
-    mean, _ = nnx.merge(graphdef, params).posterior(video_BTHWC)
+    """Normalised latents of videos in [-1, 1]: zero mean, unit variance a channel.
+
+    What lies beyond `sizes_B2`, height and width in pixels, is padding; see `VAE.posterior`.
+    """
+    mean, _ = nnx.merge(graphdef, params).posterior(video_BTHWC, sizes_B2)
     return (mean - statistics.mean_C) / statistics.std_C
 
 

@@ -103,19 +103,38 @@ def run_once(fn: Callable[[], object], name: str):
         try:
             told = json.dumps({"result": fn()})
         except BaseException as error:
-            told = {"kind": _kind(error), "error": f"{type(error).__name__}: {error}"}
-            if _kind(error):
-                told["error"] = str(error)
-            _client().key_value_set(key, json.dumps(told))
+            _client().key_value_set(key, json.dumps(_failure(error)))
             raise
         _client().key_value_set(key, told)
         return json.loads(told)["result"]
     told = json.loads(_client().blocking_key_value_get(key, PATIENCE_MS))
     if "result" in told:
         return told["result"]
-    if told["kind"]:
-        raise {"InputError": InputError, "Restart": Restart}[told["kind"]](told["error"])
-    raise RuntimeError(f"process 0 failed in {name!r}: {told['error']}")
+    raise _as_told(told, 0, name)
+
+
+def run_everywhere(fn: Callable[[], object], name: str) -> None:
+    """Runs `fn` on every process and waits until all are done; none waits for one that failed.
+
+    Raises:
+        What `fn` raised here; else, where another process failed, the same as in `run_once`.
+    """
+    if jax.process_count() == 1:
+        fn()
+        return
+    key = _unique(f"run_everywhere/{name}")
+    told = {}
+    try:
+        fn()
+    except BaseException as error:
+        told = _failure(error)
+        raise
+    finally:
+        _client().key_value_set(f"{key}/{jax.process_index()}", json.dumps(told))
+    for process in range(jax.process_count()):
+        told = json.loads(_client().blocking_key_value_get(f"{key}/{process}", PATIENCE_MS))
+        if told:
+            raise _as_told(told, process, name)
 
 
 def local_rows(mesh: jax.sharding.Mesh, spec: PartitionSpec, rows: int) -> slice:
@@ -171,10 +190,18 @@ def fetch(tree):
     return jax.tree.map(one, tree)
 
 
-def _kind(error: BaseException) -> str | None:
-    if isinstance(error, InputError):
-        return "InputError"
-    return "Restart" if isinstance(error, Restart) else None
+def _failure(error: BaseException) -> dict:
+    """What the other processes are told of an error."""
+    for kind in (InputError, Restart):
+        if isinstance(error, kind):
+            return {"kind": kind.__name__, "error": str(error)}
+    return {"kind": None, "error": f"{type(error).__name__}: {error}"}
+
+
+def _as_told(told: dict, process: int, name: str) -> Exception:
+    if told["kind"]:
+        return {"InputError": InputError, "Restart": Restart}[told["kind"]](told["error"])
+    return RuntimeError(f"process {process} failed in {name!r}: {told['error']}")
 
 
 def _unique(name: str) -> str:

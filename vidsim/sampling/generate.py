@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from vidsim.diffusion import conditions, flow, guidance, samplers, time_sampling
 from vidsim.errors import InputError
@@ -115,9 +116,9 @@ def _encoder(config: vae.Config):
     graphdef = vae_graph(config)
 
     @jax.jit
-    def run(params, statistics, video_uint8):
+    def run(params, statistics, video_uint8, sizes_B2=None):
         video = video_uint8.astype(jnp.float32) / 127.5 - 1.0
-        return vae.encode(graphdef, params, statistics, video)
+        return vae.encode(graphdef, params, statistics, video, sizes_B2)
 
     return run
 
@@ -138,6 +139,24 @@ def encode(models: Models, video_BTHWC: np.ndarray) -> np.ndarray:
     """Normalised latents, float32, of uint8 videos."""
     run = _encoder(models.vae)
     return np.asarray(run(models.vae_params, models.statistics, video_BTHWC))
+
+
+def encoder_over(models: Models, devices: list[jax.Device]):
+    """`encode` of batches that are split over devices of this process.
+
+    Returns a function of uint8 videos [B, T, H, W, 3] and sizes [B, 2], height and width in pixels
+    of what is not padding; B divides over the devices.
+    """
+    mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    rows = NamedSharding(mesh, PartitionSpec("batch"))
+    weights = jax.device_put((models.vae_params, models.statistics), whole)
+    run = _encoder(models.vae)
+
+    def encode(video_BTHWC: np.ndarray, sizes_B2: np.ndarray) -> np.ndarray:
+        return np.asarray(run(*weights, *jax.device_put((video_BTHWC, sizes_B2), rows)))
+
+    return encode
 
 
 def decode(models: Models, latents_BTHWC: np.ndarray) -> np.ndarray:

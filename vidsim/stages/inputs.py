@@ -1,8 +1,8 @@
 """The stages before training: world, shards, tokenizer; and the latents between the trainings."""
 
-import functools
+import jax
 
-from vidsim.data import latents, prepare
+from vidsim.data import latents, prepare, tfds_source
 from vidsim.parallel import multihost
 from vidsim.sampling import generate
 from vidsim.stages.run import Run, latent_mark, load_vae
@@ -11,15 +11,20 @@ from vidsim.worlds import physics as world
 
 
 def render_world(run: Run) -> dict:
-    if run.data.input:
-        return {"skipped": f"data come from {run.data.input}"}
+    if not run.rendered:
+        inputs = ", ".join(source.input for source in run.sources)
+        return {"skipped": f"data come from {inputs}"}
     return multihost.run_once(lambda: world.write(run.world, run.path("world")), "worlds")
 
 
 def prepare_shards(run: Run) -> dict:
     def work():
-        counts = prepare.prepare(run.shards_config())
-        return {name: count for name, count in counts.items() if name != "out"}
+        counts = {}
+        for source in run.sources:
+            tfds_source.as_folder(source.input, run.path("tfds", source.name))
+            done = prepare.prepare(run.shards_config(source))
+            counts[source.name] = {name: n for name, n in done.items() if name != "out"}
+        return counts if run.data.sources else counts[""]
 
     return multihost.run_once(work, "prepare")
 
@@ -37,16 +42,26 @@ def train_tokenizer(run: Run) -> dict:
 
 
 def encode_latents(run: Run) -> dict:
-    models = load_vae(run)
+    """Every host encodes its pieces on its own devices; process 0 writes the index."""
+    models, folder = load_vae(run), run.path("latents")
+    plan = latents.plan(
+        run.clips.index,
+        run.latents,
+        stride=run.stride,
+        channels=run.vae.latent_channels,
+        mark=latent_mark(run, models),
+    )
 
-    def encode():
-        return latents.write(
-            run.path("latents"),
+    def encode_share():
+        latents.encode(
+            folder,
+            plan,
             run.clips,
-            functools.partial(generate.encode, models),
-            run.latents,
-            frames_a_latent=run.vae.compression[0],
-            mark=latent_mark(run, models),
+            generate.encoder_over(models, jax.local_devices()),
+            hosts=(jax.process_index(), jax.process_count()),
+            devices=jax.local_device_count(),
+            threads=run.pipeline.threads,
         )
 
-    return multihost.run_once(encode, "encode")
+    multihost.run_everywhere(encode_share, "encode")
+    return multihost.run_once(lambda: latents.finish(folder, plan), "latent index")

@@ -3,15 +3,15 @@
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Mapping
 
 import numpy as np
 
 from vidsim import config as configs
 from vidsim import files
-from vidsim.data import buckets, latents, packing, pipeline, prepare
+from vidsim.data import buckets, filters, latents, packing, pipeline, prepare, sources, tfds_source
 from vidsim.data.records import Shards
-from vidsim.data.sources import Clips
 from vidsim.diffusion import conditions, time_sampling
 from vidsim.errors import InputError
 from vidsim.export import models as exported
@@ -19,7 +19,7 @@ from vidsim.models import dit, vae
 from vidsim.parallel import mesh as meshes
 from vidsim.sampling import generate, modes
 from vidsim.text import encoder, tokenizer
-from vidsim.training import loop, objectives, optimizer
+from vidsim.training import checkpoint, loop, objectives, optimizer
 from vidsim.worlds import physics as world
 
 
@@ -41,6 +41,8 @@ class Run:
         self.seed = config["seed"]
         self.world = build(world.Config, config["world"], where="world")
         self.data = build(Data, config["data"], where="data")
+        self.filters = build(filters.Filters, config["data"]["filters"], where="data.filters")
+        self.sources = self._sources()
         self.pipeline = build(pipeline.Config, config["pipeline"], where="pipeline")
         self.mesh_config = build(meshes.Config, config["mesh"], where="mesh")
         self.sample = build(modes.Config, config["sample"], where="sample")
@@ -72,20 +74,25 @@ class Run:
         """Finds now what would otherwise fail after hours: sizes off the grid, intervals of 0."""
         tokens = self.vae.compression[1] * self.dit.patch
         shapes = [(f, size) for f in self.buckets.frames for size in self.buckets.sizes]
-        shapes += [(self.latents.max_frames, size) for size in self.latents.sizes]
         for frames, (width, height) in shapes:
             self.vae.latent_size(frames, height, width)
-        sampled = [self.sample.frames, self.sample.given_frames, self.evaluation.physics_frames]
-        for frames in sampled:
+        whole = [self.sample.frames, self.sample.given_frames, self.evaluation.physics_frames]
+        for frames in [*whole, self.latents.max_frames]:
             self.vae.latent_size(frames, tokens, tokens)
-        sizes = [*self.latents.sizes, *self.sample.sizes]
-        if not self.data.input:
+        sizes = [*self.sample.sizes]
+        if self.rendered:
             sizes += [(width, height) for width, height, *_ in self.world.formats]
         for width, height in sizes:
             if width % tokens or height % tokens:
                 raise InputError(
                     f"size {width}x{height} is off the grid of {tokens} pixels (VAE stride "
                     f"{self.vae.compression[1]} x dit.model.patch {self.dit.patch}); use multiples"
+                )
+            needed = (height // tokens) * (width // tokens) + 1
+            if needed > self.pack.lengths[-1]:
+                raise InputError(
+                    f"dit.pack.lengths={self.pack.lengths}: one latent of {width}x{height} and its "
+                    f"prompt need {needed} tokens or more; use longer rows"
                 )
         for name, settings in self.loops.items():
             for field in dataclasses.fields(settings):
@@ -97,14 +104,65 @@ class Run:
         if not self.report.prompts:
             raise InputError("report.prompts is empty; give at least one prompt")
 
-    def shards_config(self) -> prepare.Config:
-        """What `prepare` makes the shards from."""
+    @property
+    def rendered(self) -> bool:
+        """Whether the clips are the experiment's own world, and no one's files."""
+        return not self.data.input and not self.data.sources
+
+    def _sources(self) -> tuple[sources.Source, ...]:
+        if not self.data.sources:
+            return (sources.Source("", self.data.input or str(self.path("world")), 1.0),)
+        if self.data.input:
+            raise InputError(
+                f"data.input={self.data.input} beside data.sources; give it as one of them, with a "
+                "name and a weight"
+            )
+        found = []
+        for number, entry in enumerate(self.data.sources):
+            where = f"data.sources[{number}]"
+            found.append(configs.build(sources.Source, entry, where=where))
+            if not re.fullmatch(r"\w[\w.-]*", found[-1].name):
+                raise InputError(
+                    f"{where}.name={found[-1].name!r} is to name a folder; use letters and digits"
+                )
+            if not found[-1].weight > 0:
+                raise InputError(
+                    f"{where}.weight={found[-1].weight} is not positive; give a share of the draws"
+                )
+        names = [source.name for source in found]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise InputError(f"two of data.sources are named {twice[0]!r}; give each its own name")
+        return tuple(found)
+
+    @property
+    def mix(self) -> sources.Mix:
+        """What the draws of training clips are made up of."""
+        weights = {source.name: source.weight for source in self.sources if source.name}
+        return sources.Mix(weights, self.data.image_share)
+
+    @functools.cached_property
+    def bucket_shapes(self) -> tuple[buckets.Shape, ...]:
+        """The static shapes of pixel batches, given or found."""
+        stride = self.vae.compression
+        grid = stride[1] * self.dit.patch
+        return buckets.shapes_of(self.clips.index, self.buckets, stride=stride, grid=grid)
+
+    def shards_config(self, source: sources.Source) -> prepare.Config:
+        """What `prepare` makes the shards of a source from."""
+        from_tfds = tfds_source.is_tfds(source.input)
         return prepare.Config(
-            input=self.data.input or str(self.path("world")),
-            out=str(self.path("shards")),
+            input=str(self.path("tfds", source.name)) if from_tfds else source.input,
+            out=str(self.path("shards", source.name)),
             validation_share=self.data.validation_share,
             max_seconds=self.data.max_seconds,
+            filters=self.filters,
         )
+
+    @property
+    def stride(self) -> latents.Stride:
+        """What one latent and one token of the models cover."""
+        return latents.Stride(*self.vae.compression, patch=self.dit.patch)
 
     def batch_devices(self) -> int:
         """How many parts a batch is split into."""
@@ -117,34 +175,72 @@ class Run:
         """Writes config.json, or checks that the folder belongs to this experiment."""
         path = self.path("config.json")
         if path.exists():
-            different = configs.difference(files.read_json(path), self.config)
+            before = files.read_json(path)
+            different = configs.difference(self._bound(before), self._bound(self.config))
             if different:
                 raise InputError(
                     f"{self.workdir} was started with another config ({different}); "
                     "use a new --workdir, or the old value"
                 )
+            if configs.difference(
+                before["data"] | {"on_change": self.data.on_change}, self.config["data"]
+            ):
+                self._check_sources()
+                self._redo()
+            if configs.difference(before, self.config):
+                files.write_json(path, self.config)
         else:
-            if self.data.input:  # Wrong input must not claim the folder.
-                prepare.check_input(self.shards_config())
+            self._check_sources()
             files.write_json(path, self.config)
+
+    def _check_sources(self) -> None:
+        """Wrong input must not claim the folder."""
+        for source in () if self.rendered else self.sources:
+            if tfds_source.is_tfds(source.input):
+                tfds_source.check(source.input)
+            else:
+                prepare.check_input(self.shards_config(source))
+
+    def _bound(self, config) -> dict:
+        """What of a config a work folder is bound to: data may change where they are allowed to."""
+        if self.data.on_change == "restart_epoch":
+            return {name: section for name, section in config.items() if name != "data"}
+        data = {name: value for name, value in config["data"].items() if name != "on_change"}
+        return {**config, "data": data}
+
+    def _redo(self) -> None:
+        """Marks what is made of the data as not complete, so that the stages look again."""
+        path = self.path("stages.json")
+        noted = files.read_json(path) if path.exists() else {}
+        made_of_data = ("prepare", "encode", "dit", "sample", "evaluate", "report")
+        changed = {
+            name: {**noted[name], "complete": False} for name in made_of_data if name in noted
+        }
+        files.write_json(path, {**noted, **changed})
 
     @functools.cached_property
     def mesh(self):
         return meshes.make(self.mesh_config)
 
     @functools.cached_property
-    def shards(self) -> Shards:
-        return Shards(self.path("shards"))
+    def shards(self) -> sources.Joined:
+        """All shards; `shards/` itself holds those of one source, its folders those of several."""
+        parts = {source.name: Shards(self.path("shards", source.name)) for source in self.sources}
+        joined = sources.Joined(parts)
+        sources.check_caption_weights(joined.index, self.data.caption_weights)
+        return joined
 
     @functools.cached_property
-    def clips(self) -> Clips:
-        return Clips(self.shards, cache_megabytes=self.data.cache_megabytes)
+    def clips(self) -> sources.Clips:
+        return sources.Clips(
+            self.shards, cache_megabytes=self.data.cache_megabytes, fps=self.data.fps
+        )
 
     @functools.cached_property
     def truth(self) -> dict[str, dict]:
         """True objects by source; empty for a folder of real videos."""
         path = self.path("world", "truth.jsonl")
-        rows = files.read_jsonl(path) if not self.data.input and path.exists() else []
+        rows = files.read_jsonl(path) if self.rendered and path.exists() else []
         return {row["file"]: row for row in rows}
 
     def words(self) -> tokenizer.Tokenizer:
@@ -205,10 +301,22 @@ class DiTSection:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    input: str
+    input: str  # a folder; "" for the world, or where there are sources
+    sources: tuple[Mapping, ...]  # of several: {"name", "input", "weight"} each
+    image_share: float  # of the draws, that are images; 0: as many as there are
+    fps: float  # frames/s that faster videos are resampled to; 0: none are
+    caption_weights: Mapping[str, float]  # by origin; {}: every caption is as likely
     validation_share: float
     max_seconds: float
+    filters: Mapping
     cache_megabytes: float
+    on_change: str  # "error" | "restart_epoch": when a checkpoint was trained on other data
+
+    def __post_init__(self):
+        if self.on_change not in checkpoint.ON_CHANGE:
+            raise InputError(
+                f"data.on_change={self.on_change!r} is none of {', '.join(checkpoint.ON_CHANGE)}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +362,7 @@ def load_vae(run: Run, weights: str = "ema") -> generate.Models:
 def latent_mark(run: Run, models: generate.Models) -> str:
     """The fingerprint of the latents that these models make."""
     made_by = {"params": models.vae_params, "statistics": models.statistics}
-    return latents.fingerprint(made_by, run.latents)
+    return latents.fingerprint(made_by, run.latents, run.stride, fps=run.data.fps)
 
 
 def load_models(run: Run, weights: str = "ema") -> generate.Models:

@@ -13,13 +13,11 @@ from vidsim.stages.run import Run, load_models, load_vae
 
 
 def vae_plan(run: Run, limit: int) -> list[tuple[int, int, int, int]]:
-    """(record, frames, height, width) of held-out clips, whole latents, at trained sizes."""
-    plan = []
-    for record in evaluator.held_out(run.clips.index)[:limit]:
-        row = run.clips.index[record]
-        window = latents.windows_of([row], run.latents, run.vae.compression[0])[0]
-        plan.append((record, window.frames, window.height, window.width))
-    return plan
+    """(record, frames, height, width) of held-out clips, whole latents, at encoded sizes."""
+    windows = latents.windows_of(run.clips.index, run.latents, run.stride)
+    first = {window.record: window for window in reversed(windows)}
+    held_out = [first[n] for n in evaluator.held_out(run.clips.index) if n in first]
+    return [(w.record, *w.shape) for w in latents.commonest(held_out)[:limit]]
 
 
 def _template(run: Run, **changes) -> dict:
@@ -33,7 +31,7 @@ def _template(run: Run, **changes) -> dict:
 
 def prompts(run: Run) -> list[str]:
     """The fixed prompts: of the experiment, or the first held-out captions of other data."""
-    if not run.data.input:
+    if run.rendered:
         return list(run.report.prompts)
     rows = [run.clips.index[record] for record in evaluator.held_out(run.clips.index)]
     captions = [row["captions"][0][0] for row in rows if row["captions"]]
@@ -51,7 +49,7 @@ def with_frames(run: Run, frames: int) -> list[int]:
 def frame_rate(run: Run) -> float:
     """The rate to sample at: the experiment's, or the middle one of a folder of videos."""
     rates = [row["fps"] for row in run.clips.index if row["frames"] > 1]
-    return float(np.median(rates)) if run.data.input and rates else run.sample.fps
+    return float(np.median(rates)) if rates and not run.rendered else run.sample.fps
 
 
 def text_request(run: Run, prompt: str, seed: int, size, frames: int) -> generate.Request:

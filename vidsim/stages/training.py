@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from vidsim import files, trees
-from vidsim.data import buckets, latents, pipeline
+from vidsim.data import buckets, index, latents, mixture, packing, pipeline, sources
 from vidsim.diffusion import conditions
 from vidsim.errors import InputError
 from vidsim.evaluation import evaluator
@@ -19,7 +20,7 @@ from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
 from vidsim.stages.run import Run, latent_mark, load_vae, vae_only
 from vidsim.stages.showing import sample_step, vae_plan
-from vidsim.training import checkpoint, loop, objectives, optimizer, state, step
+from vidsim.training import checkpoint, loop, metrics, objectives, optimizer, state, step
 
 
 @dataclasses.dataclass
@@ -30,12 +31,14 @@ class Training:
     make_model: Callable
     objective: Callable
     batches: Callable[[int], object]
-    index_hash: str
+    data: index.Summary
     evaluators: Callable[[Run], dict]
 
 
-def _hosts() -> tuple[int, int]:
-    return jax.process_index(), jax.process_count()
+def _local_rows(run: Run, rows: int) -> slice:
+    """Which rows of a batch this process loads; those of a tensor axis may be shared."""
+    spec = step.batch_sharding(run.mesh, ShardingRules()).spec
+    return multihost.local_rows(run.mesh, spec, rows)
 
 
 def vae_training(run: Run) -> Training:
@@ -43,20 +46,24 @@ def vae_training(run: Run) -> Training:
         return vae.VAE(run.vae, rngs)
 
     graphdef = state.graph_of(make_model)
+    plan = buckets.plan(
+        run.clips.index,
+        "train",
+        run.bucket_shapes,
+        run.buckets,
+        mix=run.mix,
+        seed=run.pipeline.seed,
+        devices=run.batch_devices(),
+    )
+    parts = run.batch_devices()
     return Training(
         name="vae",
         make_model=make_model,
         objective=objectives.bind(objectives.vae_loss, graphdef, run.losses["vae"]),
         batches=lambda start: pipeline.pixels(
-            run.clips,
-            "train",
-            run.buckets,
-            run.pipeline,
-            start=start,
-            hosts=_hosts(),
-            devices=run.batch_devices(),
+            run.clips, plan, run.pipeline, start=start, rows=(_local_rows(run, parts), parts)
         ),
-        index_hash=buckets.index_hash(run.shards.index),
+        data=index.summary(run.clips.index, captions=False),
         evaluators=lambda run: {"val": functools.partial(_vae_validation, run, graphdef)},
     )
 
@@ -70,6 +77,18 @@ def _vae_validation(run: Run, graphdef, train_state, step_number):
     for name, value in evaluator.vae_quality(models, run.clips, run.truth, plan).items():
         if value is not None and name != "clips":
             yield name, value
+
+
+def pack_plan(run: Run, cache: latents.Latents, words, split: str, mix) -> packing.Plan:
+    """The packs of a split of the latent cache."""
+    samples = [n for n, row in enumerate(cache.index) if row["split"] == split]
+    if not samples:
+        raise InputError(
+            f"no {split} latents among {len(cache.index)}; lower data.validation_share or add clips"
+        )
+    draws = mixture.Mixture(sources.groups(cache.index, samples, mix), seed=run.pipeline.seed)
+    counts = pipeline.token_counts(cache.index, words, run.dit.patch)
+    return packing.Plan(counts, draws, run.pack, width=run.dit.width)
 
 
 def dit_training(run: Run) -> Training:
@@ -87,27 +106,31 @@ def dit_training(run: Run) -> Training:
 
     graphdef = state.graph_of(make_model)
 
-    def load(split: str, drawn: conditions.Config, dropout: float) -> pipeline.LoadPack:
-        chosen = tuple(n for n, row in enumerate(cache.index) if row["split"] == split)
+    def load(drawn: conditions.Config, dropout: float, rows: tuple[slice, int]):
         return pipeline.LoadPack(
             latents=cache,
-            samples=chosen,
             tokenizer=words,
             pack=run.pack,
             conditions=drawn,
             text_dropout=dropout,
             patch=run.dit.patch,
             compression=run.vae.compression,
-            rows=_hosts(),
+            rows=rows,
             seed=run.pipeline.seed,
+            caption_weights=run.data.caption_weights,
         )
+
+    parts = run.batch_devices()
+    own_rows = (_local_rows(run, parts), parts)
+    plan = pack_plan(run, cache, words, "train", run.mix)
 
     def evaluators(run: Run) -> dict:
         samples = {"samples": functools.partial(sample_step, run)}
         if all(row["split"] != "validation" for row in cache.index):
             return samples
-        one_host = dataclasses.replace(load("validation", run.conditions, 0.0), rows=(0, 1))
-        data = pipeline.packs(one_host, run.pipeline, start=0)
+        held_out = pack_plan(run, cache, words, "validation", sources.Mix())
+        one_host = load(run.conditions, 0.0, (slice(0, 1), 1))
+        data = pipeline.packs(one_host, held_out, run.pipeline, start=0)
         packs = [next(data) for _ in range(run.evaluation.batches)]
         error_at = jax.jit(functools.partial(objectives.x0_error_at, graphdef, run.dit.prediction))
 
@@ -125,9 +148,9 @@ def dit_training(run: Run) -> Training:
             objectives.dit_loss, graphdef, run.dit.prediction, run.times, run.losses["dit"]
         ),
         batches=lambda start: pipeline.packs(
-            load("train", run.conditions, run.text_dropout), run.pipeline, start=start
+            load(run.conditions, run.text_dropout, own_rows), plan, run.pipeline, start=start
         ),
-        index_hash=buckets.index_hash(cache.index),
+        data=index.summary(cache.index, captions=True),
         evaluators=evaluators,
     )
 
@@ -144,7 +167,9 @@ def train(run: Run, training: Training) -> dict:
             first = state.create(training.make_model, tx, jax.random.key(run.seed), shardings)
         else:
             abstract = state.abstract(training.make_model, tx, shardings)
-            first = checkpoints.restore(abstract, index_hash=training.index_hash)
+            on_change = run.data.on_change
+            first = checkpoints.restore(abstract, data=training.data, on_change=on_change)
+            _note_change(run, training, checkpoints)
         step_fn = step.make_step(
             training.objective,
             tx,
@@ -164,13 +189,30 @@ def train(run: Run, training: Training) -> dict:
             ),
             evaluators=training.evaluators(run),
             checkpoints=checkpoints,
-            index_hash=training.index_hash,
+            data=training.data,
             folder=str(run.path(training.name)),
             name=training.name,
         )
     finally:
         checkpoints.close()
     return {"steps": int(last.step), "parameters": trees.count(last.params)}
+
+
+def _note_change(run: Run, training: Training, checkpoints: checkpoint.Checkpoints) -> None:
+    """Says once, and in the metrics of the step, that from here on the data are others."""
+    change, at, folder = checkpoints.changed(training.data), checkpoints.latest, training.name
+    if change is None or not multihost.is_main():
+        return
+    text = f"{training.name} goes on from step {at} with other data ({change.text})"
+    print(text, file=sys.stderr)
+    path = run.path(folder, "metrics.jsonl")
+    known = metrics.rows_until(path, at) if path.exists() else []
+    # A run that is killed before its next checkpoint comes here again.
+    if not any(row["step"] == at and "records_added" in row for row in known):
+        writer = metrics.MetricsWriter(run.path(folder), step=at)
+        counts = {f"records_{k}": getattr(change, k) for k in ("added", "removed", "changed")}
+        writer.write(at, counts)
+        writer.close()
 
 
 def train_vae(run: Run) -> dict:
@@ -184,15 +226,15 @@ def train_vae(run: Run) -> dict:
 
 def _measure_statistics(run: Run, models: generate.Models) -> None:
     """Mean and deviation of each channel over training clips, written beside the checkpoints."""
-    rows = [pair for pair in enumerate(run.clips.index) if pair[1]["split"] == "train"]
+    windows = latents.windows_of(run.clips.index, run.latents, run.stride)
+    train = [w for w in windows if not w.start and run.clips.index[w.record]["split"] == "train"]
+    chosen = latents.commonest(train)
     total, square, count = 0.0, 0.0, 0
-    for record, row in rows[:: max(1, len(rows) // 64)]:
-        for window in latents.windows_of([row], run.latents, run.vae.compression[0])[:1]:
-            size = (window.frames, window.height, window.width)
-            z = generate.encode(models, run.clips.window(record, 0, *size)[None])
-            z = z.astype(np.float64).reshape(-1, z.shape[-1])
-            total, square = total + z.sum(0), square + np.square(z).sum(0)
-            count += len(z)
+    for window in chosen[:: max(1, len(chosen) // 64)]:
+        z = generate.encode(models, latents.pixels(run.clips, window)[None])
+        z = z.astype(np.float64).reshape(-1, z.shape[-1])
+        total, square = total + z.sum(0), square + np.square(z).sum(0)
+        count += len(z)
     mean = total / count
     std = np.sqrt(np.maximum(square / count - np.square(mean), 1e-12))
     files.write_json(

@@ -1,14 +1,24 @@
-"""Checkpoints: the state and, beside it, the position in the plan of the data."""
+"""Checkpoints: the state and, beside it, the position in the plan of the data.
 
+The position is the step and the hash of the index that the plan was made of. Where the data are
+others, step n of the plan is another batch: by default that is an error which says what changed.
+With the policy "restart_epoch" training goes on from its step with the plan of the new data: the
+state is kept, and samples of the epoch that is broken off may come again or not at all. From the
+next epoch on every sample comes once.
+"""
+
+import dataclasses
 import os
 import pathlib
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from vidsim.data import index
 from vidsim.errors import InputError
 from vidsim.training.state import TrainState
 
+ON_CHANGE = ("error", "restart_epoch")
 policies = ocp.training.preservation_policies
 
 
@@ -18,6 +28,7 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
         self.folder = pathlib.Path(folder).absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._indices = self.folder.with_name("indices")
         self._checkpointer = ocp.training.Checkpointer(
             str(self.folder),
             save_decision_policy=ocp.training.save_decision_policies.AnySavePolicy([]),
@@ -31,25 +42,43 @@ class Checkpoints:
         found = self._checkpointer.latest
         return None if found is None else found.step
 
-    def save(self, state: TrainState, *, step: int, index_hash: str) -> None:
+    def save(self, state: TrainState, *, step: int, data: index.Summary) -> None:
         """Starts saving; returns once the arrays are copied. Saves nothing twice."""
         if self.latest == step:
             return
-        position = {"step": step, "index_hash": index_hash}
+        if jax.process_index() == 0:
+            data.write(self._indices)
+        position = {"step": step, "index_hash": data.hash}
         self._checkpointer.save_async(step, state, force=True, custom_metadata=position)
 
-    def restore(self, abstract_state: TrainState, *, index_hash: str) -> TrainState:
+    def changed(self, data: index.Summary) -> index.Change | None:
+        """What is other than in the data of the newest checkpoint; None where nothing is."""
+        metadata = self._checkpointer.metadata(self.latest)
+        saved = (metadata.custom_metadata or {}).get("index_hash")
+        if saved == data.hash:
+            return None
+        before = index.read_summary(self._indices, saved)
+        what = f"index {saved} -> {data.hash}"
+        if before is None:
+            return index.Change(0, 0, 0, what)
+        change = index.difference(before, data)
+        return dataclasses.replace(change, text=f"{what}: {change.text}")
+
+    def restore(
+        self, abstract_state: TrainState, *, data: index.Summary, on_change: str = "error"
+    ) -> TrainState:
         """The newest state, on the shardings of `abstract_state`.
 
         Raises:
-          InputError: the data are not those that the run was trained on.
+          InputError: the data are not those that the run was trained on, and `on_change` is not
+            "restart_epoch".
         """
-        metadata = self._checkpointer.metadata(self.latest)
-        saved = (metadata.custom_metadata or {}).get("index_hash")
-        if saved != index_hash:
+        change = self.changed(data)
+        if change is not None and on_change != "restart_epoch":
             raise InputError(
-                f"{self.folder} was trained on data with index {saved}, the data now have "
-                f"{index_hash}; restore the data, or start a new --workdir"
+                f"{self.folder} was trained on other data ({change.text}); restore the data, "
+                f"set data.on_change=restart_epoch to go on from step {self.latest} in the order "
+                "of the new data, or start a new --workdir"
             )
         return self._checkpointer.load(self.latest, abstract_state)
 

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from vidsim import progress
+from vidsim.data import index
 from vidsim.errors import Restart
 from vidsim.parallel import multihost
 from vidsim.training.checkpoint import Checkpoints
@@ -65,7 +66,7 @@ def run(
     batches: Callable[[int], Iterator],
     evaluators: dict[str, Evaluator],
     checkpoints: Checkpoints,
-    index_hash: str,
+    data: index.Summary,
     folder: str,
     name: str,
 ) -> TrainState:
@@ -74,6 +75,7 @@ def run(
     Args:
       step_fn: `(state, batch) -> (state, metrics)` of `make_step`.
       batches: the iterator of global batches from a step on; pure in the step.
+      data: what they come from, as checkpoints remember it.
       evaluators: by name; their values are logged as `name/value`.
 
     Raises:
@@ -95,7 +97,7 @@ def run(
         if writer:
             writer.write(step, metrics)
 
-    data = None
+    stream = None
     with (
         Preemption() as preemption,
         progress.bar(total=config.steps, desc=name, unit="step", initial=first) as bar,
@@ -114,12 +116,12 @@ def run(
                 multihost.barrier(f"{name} evaluated")
             if stop or last or (step > first and step % config.checkpoint_every == 0):
                 log()
-                checkpoints.save(state, step=step, index_hash=index_hash)
+                checkpoints.save(state, step=step, data=data)
             if stop or last:
                 break
-            if data is None:
-                data = batches(step)
-            state, metrics = step_fn(state, next(data))
+            if stream is None:
+                stream = batches(step)
+            state, metrics = step_fn(state, next(stream))
             log()
             if (step + 1) % config.log_every == 0:
                 pending = (step + 1, metrics)

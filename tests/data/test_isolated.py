@@ -1,0 +1,65 @@
+import operator
+import os
+import signal
+import time
+
+import pytest
+
+from vidsim.data import isolated
+
+
+@pytest.fixture
+def child():
+    child = isolated.Child()
+    yield child
+    child.close()
+
+
+def test_calls_return_and_raise_as_here(child):
+    assert child.call(operator.add, 2, 3, patience=60) == 5
+    with pytest.raises(ZeroDivisionError):
+        child.call(operator.truediv, 1, 0, patience=60)
+    assert child.call(operator.add, 1, 1, patience=60) == 2
+    assert child.call(os.getpid, patience=60) != os.getpid()
+
+
+def test_a_crash_is_a_reason_and_the_next_call_has_a_new_process(child):
+    with pytest.raises(isolated.Crashed, match="SIGABRT"):
+        child.call(os.abort, patience=60)
+    with pytest.raises(isolated.Crashed, match="exit code 3"):
+        child.call(os._exit, 3, patience=60)
+    assert child.call(operator.add, 2, 3, patience=60) == 5
+
+
+def test_a_call_that_makes_no_progress_is_ended(child):
+    pid = child.call(os.getpid, patience=60)
+    with pytest.raises(isolated.Crashed, match="no progress for 0 s"):
+        child.call(time.sleep, 600, patience=0.3)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert child.call(operator.add, 2, 3, patience=60) == 5
+
+
+def test_progress_gives_more_time(child):
+    """Five beats 0.4 s apart, with patience for 1 s: more in all than patience for one."""
+    program = (
+        "[(__import__('time').sleep(0.4), __import__('vidsim.data.isolated').data.isolated.beat())"
+        " for _ in range(5)] and 7"
+    )
+    assert child.call(eval, program, patience=1.0) == 7
+
+
+def test_memory_is_bounded(child):
+    with pytest.raises(MemoryError):
+        child.call(bytearray, isolated.MEMORY_BYTES + 1, patience=60)
+
+
+def test_beating_here_does_nothing():
+    isolated.beat()
+
+
+def test_the_child_ends_with_its_connection(child):
+    pid = child.call(os.getpid, patience=60)
+    child.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)

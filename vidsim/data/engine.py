@@ -1,0 +1,171 @@
+"""Where units of work run: in this process, or on Ray Data over many processes and machines.
+
+A unit is a small JSON value, and so is its result; what a unit makes it writes to a file of its own
+under a name of its own, whole or not at all. So it does not matter who runs it, how often, or when:
+a unit that a killed worker left is run again by another and leaves the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+
+from vidsim import progress
+from vidsim.errors import InputError
+
+_STORE_BYTES = 200_000_000  # units and results are small: the media never pass through Ray
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """One worker without an address is this process; otherwise Ray does the work."""
+
+    workers: int = 1  # units at once; 0, with an address: as many as the cluster has CPUs
+    ray_address: str = ""  # of a running cluster, or "auto"; empty: one that starts here
+
+    def __post_init__(self):
+        if self.workers < 0 or (self.workers == 0 and not self.ray_address):
+            raise InputError(
+                f"workers={self.workers} is under 1; give a number of processes, or an address"
+            )
+        if self.on_ray and importlib.util.find_spec("ray") is None:
+            raise InputError(
+                f"workers={self.workers}, ray_address={self.ray_address!r} need Ray, which is not"
+                " installed: pip install 'vidsim[prepare]', or leave them out"
+            )
+
+    @property
+    def on_ray(self) -> bool:
+        return self.workers != 1 or bool(self.ray_address)
+
+
+HERE = Engine()
+
+
+@contextlib.contextmanager
+def started(engine: Engine) -> Iterator[Callable]:
+    """Yields `run(function, units, desc=..., unit=...)`: results in any order, as a list.
+
+    `function(unit)` must be importable by its name (or a partial of such a one). A local Ray that
+    is started here ends here, with its files; one that runs already is left running.
+
+    Raises:
+        InputError: when the cluster is not there; and what a function raised as InputError.
+    """
+    if not engine.on_ray:
+        yield _here
+        return
+    # Ray tells on stdout what became of its machines; there stands the result alone.
+    with contextlib.redirect_stdout(sys.stderr), _ray(engine):
+        yield functools.partial(_on_ray, engine)
+
+
+def _here(function: Callable, units: Sequence[dict], *, desc: str, unit: str) -> list:
+    return [function(one) for one in progress.bar(units, desc=desc, unit=unit)]
+
+
+def set_up_environment() -> None:
+    """What Ray reads when it is imported, where the user says nothing else."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token for a cluster on loopback
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+    os.environ.setdefault("RAY_worker_niceness", str(os.nice(0)))  # as nice as this process
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+@contextlib.contextmanager
+def _ray(engine: Engine):
+    set_up_environment()
+    import ray
+
+    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
+    if ray.is_initialized():
+        yield
+        return
+    if engine.ray_address:
+        try:
+            _knock(engine.ray_address)
+            ray.init(address=engine.ray_address, **quiet)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"no Ray cluster answers at ray_address={engine.ray_address!r} ({reason});"
+                " start one with `ray start --head`, or leave the address out"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    # A socket's path must be short, so it is not where TMPDIR may point to.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    try:
+        with warnings.catch_warnings():
+            # Ray starts programs; jax in this process warns of forks that go on as Python.
+            warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")
+            ray.init(
+                address="local",
+                num_cpus=engine.workers,
+                num_gpus=0,
+                object_store_memory=_STORE_BYTES,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                _temp_dir=folder,
+                **quiet,
+            )
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _knock(address: str) -> None:
+    """Raises OSError where nobody listens, for which Ray itself takes minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=10).close()
+
+
+def _on_ray(
+    engine: Engine, function: Callable, units: Sequence[dict], *, desc: str, unit: str
+) -> list:
+    import ray
+    from ray.data import DataContext
+
+    if not units:
+        return []
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = ray.data.from_items(
+        [{"unit": json.dumps(one)} for one in units], override_num_blocks=len(units)
+    )
+    # A task a unit. Ray Data runs one again, however often, that ends with its worker or machine.
+    done = rows.map(
+        functools.partial(_row, function),
+        num_cpus=1,
+        concurrency=min(engine.workers, len(units)) or None,
+    )
+    results = []
+    for row in progress.bar(done.iter_rows(), total=len(units), desc=desc, unit=unit):
+        told = json.loads(row["result"])
+        if "error" in told:
+            raise InputError(told["error"])
+        results.append(told["result"])
+    return results
+
+
+def _row(function: Callable, row: dict) -> dict:
+    try:
+        told = {"result": function(json.loads(row["unit"]))}
+    except InputError as error:
+        told = {"error": str(error)}
+    return {"result": json.dumps(told)}

@@ -1,0 +1,150 @@
+"""What training would draw from the shards: the buckets of pixels and the packs of latents."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from vidsim.data import buckets, latents, mixture, packing, pipeline, sources
+from vidsim.data.rows import Samples, cost
+from vidsim.stages.run import Run
+from vidsim.text.tokenizer import Tokenizer
+
+SHARES = ("clips", "draws", "steps", "cropped", "padded", "upscaled", "unused")
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of equal length under a head, with lines of text before and after them."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+    def __str__(self) -> str:
+        lines = [self.head, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = [
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in lines
+        ]
+        return "\n".join([self.title, *aligned, *self.notes])
+
+
+def pixel_buckets(run: Run) -> tuple[Table, dict]:
+    """The buckets of the autoencoder's training clips; needs the shards, and no model."""
+    index = run.clips.index
+    planned = buckets.plan(
+        index, "train", run.bucket_shapes, run.buckets, mix=run.mix, seed=run.pipeline.seed
+    )
+    rows = buckets.table(index, planned, run.buckets)
+    names = ("frames", "height", "width", *SHARES, "batch", "step Mpx")
+    lines = []
+    for row in rows:
+        sizes = [str(row[name]) for name in names[:3]]
+        shares = [f"{100 * row[name]:.1f}" for name in SHARES]
+        lines.append((*sizes, *shares, str(row["batch"]), f"{row['step_pixels'] / 1e6:.3f}"))
+    trained = sum(row["split"] == "train" for row in index)
+    held = sum(len(bucket.records) for bucket in planned.buckets)
+    notes = ["clips to upscaled in %; unused: % of the frames that one draw leaves out"]
+    if trained > held:
+        notes.append(
+            f"left out: {trained - held} of {trained} training clips, which are shorter than every "
+            "bucket of their size"
+        )
+    draws, more = _draws(planned.mixture)
+    table = Table(f"buckets of {held} training clips", names, lines, notes + more)
+    rows = [{key: round(value, 4) for key, value in row.items()} for row in rows]
+    return table, {"clips": held, "left_out": trained - held, "draws": draws, "buckets": rows}
+
+
+def latent_packs(run: Run) -> tuple[Table, dict]:
+    """The packs of a block of steps, of the latent cache or of what would be encoded."""
+    if run.path("latents", "cache.json").is_file():
+        index, of = latents.Latents(run.path("latents")).index, "latents"
+    else:
+        planned = latents.plan(
+            run.clips.index,
+            run.latents,
+            stride=run.stride,
+            channels=run.vae.latent_channels,
+            mark="planned",
+        )
+        index, of = planned.rows, "latents that would be encoded"
+    words = run.words() if run.path("tokenizer.model").is_file() else None
+    samples = _samples(run, index, words)
+    train = [number for number, row in enumerate(index) if row["split"] == "train"]
+    drawn = mixture.Mixture(sources.groups(index, train, run.mix), seed=run.pipeline.seed)
+    plan = packing.Plan(samples, drawn, run.pack, width=run.dit.width)
+    measured: dict[int, list[tuple[int, float, float]]] = {}
+    for step in range(plan.block_steps):
+        length, rows = plan[step]
+        tokens = [
+            [p.latents * samples.latent_tokens[p.sample] + samples.text_tokens[p.sample] for p in r]
+            for r in rows
+        ]
+        costs = [float(np.sum(cost(np.array(row), run.dit.width))) for row in tokens]
+        images = sum(
+            t
+            for row, sizes in zip(rows, tokens, strict=True)
+            for p, t in zip(row, sizes, strict=True)
+            if samples.latents[p.sample] == 1
+        )
+        valid = sum(map(sum, tokens))
+        measured.setdefault(length, []).append(
+            (valid, max(costs) / (sum(costs) / len(costs)), images / max(valid, 1))
+        )
+    found = []
+    for length, steps in sorted(measured.items()):
+        valid, spread, images = np.array(steps).T
+        found.append(
+            {
+                "row_tokens": length,
+                "rows": run.pack.tokens // length,
+                "steps": round(len(steps) / plan.block_steps, 4),
+                "valid": round(float(valid.sum()) / (len(steps) * run.pack.tokens), 4),
+                "images": round(float(images.mean()), 4),
+                "cost_spread": round(float(spread.mean()), 4),
+                "largest_cost_spread": round(float(spread.max()), 4),
+            }
+        )
+    head = ("row tokens", "rows", "steps", "valid", "images", "cost max/mean", "at most")
+    lines = [
+        (
+            str(row["row_tokens"]),
+            str(row["rows"]),
+            *(f"{100 * row[name]:.1f}" for name in ("steps", "valid", "images")),
+            f"{row['cost_spread']:.3f}",
+            f"{row['largest_cost_spread']:.3f}",
+        )
+        for row in found
+    ]
+    notes = [
+        f"over {plan.block_steps} steps; steps, valid and images (of the tokens) in %; cost of a "
+        "row over the mean of its step"
+    ]
+    if words is None:
+        notes.append(f"without a tokenizer, {run.text.max_tokens} tokens a caption are reserved")
+    draws, more = _draws(drawn)
+    table = Table(f"packs of {len(train)} training {of}", head, lines, notes + more)
+    return table, {"latents": len(train), "draws": draws, "packs": found}
+
+
+def _samples(run: Run, index: Sequence[dict], words: Tokenizer | None) -> Samples:
+    """Tokens of latents and captions; without a tokenizer, a caption is as long as it may be."""
+    if words is not None:
+        return pipeline.token_counts(index, words, run.dit.patch)
+    silent = [{**row, "captions": []} for row in index]
+    counts = pipeline.token_counts(silent, None, run.dit.patch)
+    return dataclasses.replace(counts, text_tokens=np.full(len(index), run.text.max_tokens))
+
+
+def _draws(drawn: mixture.Mixture) -> tuple[dict[str, float], list[str]]:
+    """The share of the draws of every group, and a line for each where there are several."""
+    shares, lines = {}, []
+    for group, draws in zip(drawn.groups, drawn.draws, strict=True):
+        shares[group.name] = round(draws / mixture.BLOCK, 4)
+        share = f"{100 * draws / mixture.BLOCK:.1f} % of the draws"
+        lines.append(f"{group.name}: {share}, {len(group.samples)} samples")
+    return shares, lines if len(lines) > 1 else []
