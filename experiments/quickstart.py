@@ -8,7 +8,7 @@ them, samples every mode and writes report.html.
 
 Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 5 and the
 transformer (4M) 7. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity
-error of extended clips of 0.50 to 0.55 of a frozen ball's.
+error of extended clips of 0.5 to 0.6 of a frozen ball's.
 
 On your own folder of videos and images instead of the world:
 

@@ -215,3 +215,18 @@ def test_size_off_the_grid_says_one_line_in_a_process_of_its_own(new_process, ti
     ended = new_process("-m", "vidsim.cli.main", "sample", *flags)
     refused(ended, "width=50", "multiple of 8", "use 48 or 56")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags"),
+    [
+        ("sample", ("--prompt", "--seed", "--run")),
+        ("prepare", ("--input", "--min_sharpness", "--workers")),
+        ("run", ("--config", "--workdir")),
+    ],
+)
+def test_help_lists_the_flags_of_a_verb(new_process, verb, flags):
+    ended = new_process("-m", "vidsim.cli.main", verb, "--help")
+    assert ended.code == 0, ended.stderr
+    for flag in flags:
+        assert flag in ended.stdout

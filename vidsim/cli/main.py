@@ -66,7 +66,7 @@ def parse(verb: str, arguments: list[str]):
         # It names the field alone: say which argument has it.
         words = set(re.findall(r"\w+", str(error)))
         fields = [a for a in arguments if words & set(a.partition("=")[0].split(".")[1:])]
-        reason = str(error).strip('"')
+        reason = " ".join(str(error.args[0] if error.args else error).split())
         raise InputError(
             f"{fields[0] if fields else '--config'} names no field of the experiment ({reason}); "
             "its file has them all"
@@ -100,7 +100,9 @@ def execute(arguments: list[str]) -> int:
         if {"--help", "-h"} & set(rest) and verb in VERBS:
             module = importlib.import_module(f"vidsim.cli.{verb}")
             module.define_flags()
-            print(f"vidsim {verb}: {module.__doc__}\n{flags.FLAGS.main_module_help()}")
+            defined = [n for n in flags.FLAGS.flags_by_module_dict() if n.startswith(__package__)]
+            helps = [flags.FLAGS.module_help(name) for name in sorted(defined)]
+            print("\n".join([f"vidsim {verb}: {module.__doc__}", *helps]))
             return 0
         module = parse(verb, rest)
         # The libraries below tell much that is not the user's business.
