@@ -190,8 +190,10 @@ def write_video(path: str | os.PathLike, video_THWC: np.ndarray, fps: float) -> 
         raise InputError(f"{fps=} is not positive; give frames per second")
     rate = fractions.Fraction(fps).limit_denominator(1001)
     muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
-    # Without B-frames, because x264's lookahead does not decide on them the same way every time.
-    encoding = {"crf": "12", "preset": "fast", "threads": "1", "x264-params": "bframes=0"}
+    # x264 places B-frames and weighs macroblock trees by lookahead costs that differ now and then
+    # between two runs of the same frames; without both, thousands of clips came out the same.
+    x264 = "bframes=0:mbtree=0"
+    encoding = {"crf": "12", "preset": "fast", "threads": "1", "x264-params": x264}
     reformatter = VideoReformatter()
     with (
         atomic_path(path) as temporary,
