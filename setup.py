@@ -46,7 +46,11 @@ setuptools.setup(
         *(f"vidsim.third_party.{name}" for name in setuptools.find_packages("third_party")),
     ],
     package_dir={"vidsim": "vidsim", "vidsim.third_party": "third_party"},
-    package_data={"vidsim.third_party": ["*.toml", "*.txt"]},
+    package_data={
+        "vidsim.third_party": ["*.toml", "*.txt"],
+        "vidsim.third_party.lpips": ["METADATA"],
+        "vidsim.third_party.wan_vae": ["METADATA"],
+    },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["vidsim = vidsim.cli.main:main"]},

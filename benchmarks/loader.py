@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import claim
-from vidsim.data import buckets, pipeline, records, sources, video
+from vidsim.data import buckets, latents, pipeline, records, sources, video
 
 THREADS = 2
 ROUNDS = 15
@@ -31,7 +31,6 @@ CLIPS, FRAMES, HEIGHT, WIDTH, FPS = 16, 48, 360, 640, 24
 SHOWN = 17  # frames of a window
 BATCHES = 10  # a round
 MEMORY_BATCHES = 10_000
-STEPS = 40  # of training
 
 
 def say(text: str) -> None:
@@ -220,6 +219,9 @@ def training(folder: pathlib.Path) -> dict:
     for stage in ("worlds", "prepare", "tokenizer", "vae", "encode"):
         walk.do(run, stage)
     made, optim, rules = stages.dit_training(run), run.optimizers["dit"], ShardingRules()
+    cache = latents.Latents(run.path("latents"))
+    counts = pipeline.token_counts(cache.index, run.words(), run.dit.patch)
+    block_steps = stages.pack_plan(run, cache.index, counts, "train", run.mix).block_steps
     data = made.batches(0)
     for _ in range(50):
         next(data)
@@ -245,7 +247,7 @@ def training(folder: pathlib.Path) -> dict:
     local = made.batches(0)
     data = (multihost.global_batch(run.mesh, spec, batch) for batch in local)
     waits, steps = [], []
-    for number in range(STEPS + 5):
+    for number in range(2 * block_steps + 5):  # with the planning of two blocks or more
         begin = time.perf_counter()
         batch = next(data)
         fetched = time.perf_counter()
@@ -262,6 +264,7 @@ def training(folder: pathlib.Path) -> dict:
         "packs_a_second": packs_a_second,
         "step_ms": 1e3 * statistics.median(steps),
         "longest_wait_ms": 1e3 * max(waits),
+        "steps": len(steps),
         "pack": f"{run.pack.rows} rows of {run.pack.lengths[-1]} tokens",
         "backend": jax.default_backend(),
     }

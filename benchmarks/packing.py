@@ -92,20 +92,14 @@ def packed(samples: Samples) -> dict:
     while len(seen) < len(samples):
         # Whole blocks: their steps come in a random order.
         for step in range(steps, steps + plan.block_steps):
-            tokens, costs, of_images = 0, [], 0
-            for row in plan[step].rows:
-                number = np.array([piece.sample for piece in row], int)
-                latents = np.array([piece.latents for piece in row], int)
-                sizes = latents * samples.latent_tokens[number] + samples.text_tokens[number]
-                tokens += sizes.sum()
-                costs.append(cost(sizes, WIDTH).sum())
-                of_images += sizes[samples.latents[number] == 1].sum()
-                seen.update(piece.sample for piece in row if piece.epoch == 0)
-            valid.append(tokens)
-            spread.append(max(costs) / np.mean(costs))
-            images.append(of_images)
+            planned = plan[step]
+            found = packing.facts(planned, samples, WIDTH)
+            valid.append(found.tokens)
+            spread.append(found.cost_spread)
+            images.append(found.image_tokens)
+            seen.update(p.sample for row in planned.rows for p in row if p.epoch == 0)
         steps += plan.block_steps
-    planned = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
     share = sum(images) / sum(valid)
     relative = np.array(images) / np.array(valid) / share
     return {
@@ -118,7 +112,7 @@ def packed(samples: Samples) -> dict:
         "image_share_of_steps_over_it": [round(float(relative.min()), 3),
                                          round(float(relative.max()), 3)],
         "steps": steps,
-        "seconds": round(planned, 1),
+        "seconds": round(seconds, 1),
     }  # fmt: skip
 
 

@@ -64,6 +64,7 @@ def get_config() -> ConfigDict:
             },
             "pipeline": {"threads": 2, "prefetch": 4, "workers": 0, "seed": 0},
             "vae": {
+                "weights": "",  # a folder of Wan's published weights, used instead of training
                 "model": {
                     "latent_channels": 16,
                     "patch": (4, 4),
@@ -76,12 +77,25 @@ def get_config() -> ConfigDict:
                     "edge_kernel": 1,
                     "dtype": "float32",
                 },
-                "loss": {
+                "discriminator": {"channels": (32, 64, 128), "dtype": "float32"},
+                "loss": {  # see training/vae_losses.py; a weight of 0 turns its term off
                     "square_weight": 10.0,
                     "gradient_weight": 0.5,
+                    "gradient_scales": (1,),
+                    "perceptual_weight": 0.0,
+                    "perceptual_network": "",
                     "kl_weight": 5e-4,
                     "foreground_weight": 10.0,
                     "foreground_scale": 0.5,
+                    "consistency_weight": 0.0,
+                    "correlation_weight": 0.0,
+                    "correlation_goal": 0.75,
+                    "mask_rate": 0.0,
+                    "mask_ratios": (0.25, 0.5, 0.75),
+                    "mask_block": 1,
+                    "equivariance_weight": 0.0,
+                    "adversarial_weight": 0.0,
+                    "adversarial_start": 0,
                 },
                 "buckets": {
                     "sizes": SIZES,

@@ -44,7 +44,26 @@ def test_a_file_replaces_a_file_and_a_folder_a_folder(tmp_path):
     assert (tmp_path / "file").read_text() == "two"
 
 
-def test_what_a_killed_process_left_is_removed_but_nothing_else(tmp_path):
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_who_may_read_files_is_for_the_umask_to_say(tmp_path, umask):
+    previous = os.umask(umask)
+    try:
+        with files.atomic_path(tmp_path / "folder") as temporary:
+            (temporary / "inner").mkdir(parents=True)
+            for path in (temporary / "weights", temporary / "inner" / "weights"):
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+        with files.atomic_path(tmp_path / "file") as temporary:
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+        assert os.umask(umask) == umask, "left as it was"
+    finally:
+        os.umask(previous)
+    found = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(found) == 3
+    assert {path.stat().st_mode & 0o777 for path in found} == {0o666 & ~umask}
+    assert (tmp_path / "folder" / "inner").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_what_a_killed_process_left_is_removed_but_nothing_else(tmp_path, monkeypatch):
     program = (
         "import os, pathlib, signal, sys; from vidsim import files\n"
         "with files.atomic_path(sys.argv[1]) as part:\n"
@@ -53,14 +72,15 @@ def test_what_a_killed_process_left_is_removed_but_nothing_else(tmp_path):
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     for name in ("clip.mp4", "folder"):
-        command = [sys.executable, "-c", program, str(tmp_path / name)]
+        folder = tmp_path / name.replace(".", "_")  # looked at when this process first writes there
+        command = [sys.executable, "-c", program, str(folder / name)]
         root = os.path.dirname(os.path.dirname(files.__file__))
         process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
         process.wait()
         dead, suffix = process.pid, os.path.splitext(name)[1]
         stem = name.removesuffix(suffix)
         left = f".{stem}.{dead}.part{suffix}"
-        assert os.listdir(tmp_path) == [left]
+        assert os.listdir(folder) == [left]
         kept = {
             f".{stem}.{os.getppid()}.part{suffix}",  # of a living process
             f".{stem}.{10**30}.part{suffix}",  # of no process at all
@@ -70,11 +90,12 @@ def test_what_a_killed_process_left_is_removed_but_nothing_else(tmp_path):
             f"{stem}.{dead}.part{suffix}",
         }
         for other in kept:
-            (tmp_path / other).write_text("kept")
-        files.write_text(tmp_path / name, "whole")
-        assert set(os.listdir(tmp_path)) == kept | {name}
-        for other in kept | {name}:
-            (tmp_path / other).unlink()
+            (folder / other).write_text("kept")
+        files.write_text(folder / name, "whole")
+        assert set(os.listdir(folder)) == kept | {name}
+        monkeypatch.setattr(os, "listdir", None)  # once is enough
+        files.write_text(folder / f"next_{name}", "whole")
+        monkeypatch.undo()
 
 
 def test_json_comes_back(tmp_path):

@@ -44,6 +44,7 @@ STEP = (
     "vidsim.training.optimizer",
     "vidsim.training.state",
     "vidsim.training.step",
+    "vidsim.training.vae_losses",
 )
 
 

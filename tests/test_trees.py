@@ -1,6 +1,5 @@
 import collections
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,9 +55,3 @@ def test_map_named_sees_every_name_and_keeps_the_structure():
 
 def test_count_is_the_number_of_elements():
     assert trees.count(TREE) == 6 + 6 + 4 + 4 + 1
-
-
-def test_cast_changes_floats_only():
-    out = trees.cast(TREE, jnp.bfloat16)
-    assert out["blocks"][0]["kernel"].dtype == jnp.bfloat16
-    assert out["step"].dtype == np.int32

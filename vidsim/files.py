@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written to a temporary name, then renamed."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -8,13 +9,17 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 
+_PART = re.compile(r"\.(.+)\.(\d+)\.part(|\.[^.]+)")
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary sibling of `path`; renamed to `path` on success, removed on error.
 
     The caller may create a file or a folder there. An existing file is replaced; so is a folder.
-    What killed processes left of writing the same `path` is removed first.
+    What killed processes left of writing the same `path` is removed first, if it was there when
+    this process first wrote into the folder. Who may read it is for the umask to say, whatever the
+    library that wrote it thinks.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,6 +28,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         yield temporary
+        _follow_umask(temporary)
         if path.is_dir():
             shutil.rmtree(path)
         elif temporary.is_dir():
@@ -35,17 +41,33 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _follow_umask(path: pathlib.Path) -> None:
+    umask = os.umask(0o077)  # it can only be read by setting it; other threads may create files
+    os.umask(umask)
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            file.chmod(0o666 & ~umask)
+
+
 def _remove_stale(path: pathlib.Path) -> None:
-    begin = f".{path.stem}."
-    name = re.compile(rf"{re.escape(begin)}(\d+)\.part{re.escape(path.suffix)}")
-    for entry in os.listdir(path.parent):
-        # Most folders hold many names and none of these: compare before matching.
-        if not entry.startswith(begin) or not (match := name.fullmatch(entry)):
-            continue
-        if not _is_alive(int(match[1])):
+    for pid, entry in _parts(os.path.abspath(path.parent)).pop(path.name, ()):
+        if not _is_alive(pid):
             stale = path.with_name(entry)
             with contextlib.suppress(OSError):  # another process removes it too, or it must stay
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+
+
+@functools.lru_cache(maxsize=256)
+def _parts(folder: str) -> dict[str, list[tuple[int, str]]]:
+    """The temporary files of a folder, each with its process, by the name that they are for.
+
+    Listed once: folders of many files are written a file at a time.
+    """
+    found: dict[str, list[tuple[int, str]]] = {}
+    for entry in os.listdir(folder):
+        if match := _PART.fullmatch(entry):
+            found.setdefault(match[1] + match[3], []).append((int(match[2]), entry))
+    return found
 
 
 def _is_alive(pid: int) -> bool:

@@ -1,9 +1,8 @@
-"""Trees of arrays by name: flatten, count, cast."""
+"""Trees of arrays by name: flatten, map, count."""
 
 import math
 
 import jax
-import jax.numpy as jnp
 
 
 def name_of(path: tuple) -> str:
@@ -43,10 +42,3 @@ def map_named(function, tree):
 def count(tree) -> int:
     """The number of elements in all leaves."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
-
-
-def cast(tree, dtype):
-    """Casts the floating leaves, leaves the others alone."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )

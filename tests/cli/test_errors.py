@@ -91,6 +91,30 @@ def test_unknown_flag(vidsim, tmp_path):
     refused(ended, "lenght", "`vidsim sample --help`")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (("sample", "runs/x"), "--run=runs/x"),
+        (("sample", "--seed", "3", "runs/x"), "--run=runs/x"),
+        (("prepare", "--shot_cuts", "films", "--out=x", "--input=y"), "--input=films"),
+        (("run", "--workdir=x", "mine.py"), "--config=mine.py"),
+        (("train", "--model=vae", "runs/x"), "--workdir=runs/x"),
+        (("worlds", "world"), "--out=world"),
+    ],
+)
+def test_an_argument_that_is_no_flag_is_told_before_flags_that_are_missing(
+    vidsim, arguments, remedy
+):
+    argument = remedy.partition("=")[2]
+    refused(vidsim(*arguments), f"unexpected argument '{argument}'", f"such as {remedy}")
+
+
+def test_a_missing_flag_is_named(vidsim, tmp_path):
+    ended = vidsim("sample", f"--run={tmp_path}")
+    refused(ended, "--out", "`vidsim sample --help` lists the flags")
+    assert ".;" not in ended.stderr
+
+
 def test_unknown_config_key_on_the_command_line(vidsim, config, tmp_path):
     workdir = tmp_path / "run"
     ended = vidsim("run", f"--config={config}", f"--workdir={workdir}", "--config.vae.nope=1")
@@ -151,6 +175,62 @@ def test_a_file_where_the_output_is_to_be(vidsim, config, tmp_path, verb, below)
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("verb", ["run", "worlds", "prepare", "sample", "export"])
+def test_an_output_that_cannot_be_written_is_told_before_any_work(vidsim, config, tmp_path, verb):
+    # Not even root can make a folder there.
+    name = "workdir" if verb == "run" else "out"
+    others = {
+        "prepare": f"--input={tmp_path}",
+        "sample": f"--run={tmp_path}",
+        "export": f"--run={tmp_path}",
+    }
+    ended = vidsim(verb, others.get(verb, f"--config={config}"), f"--{name}=/proc/nope/x")
+    refused(ended, f"--{name}=/proc/nope/x", "nothing can be written in /proc", "choose another")
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "words"),
+    [
+        ("train", ("--model=tokenizer",), ("shards", "`vidsim prepare")),
+        ("train", ("--model=vae",), ("shards", "`vidsim prepare")),
+        ("train", ("--model=dit",), ("shards", "`vidsim prepare")),
+        ("encode", (), ("shards", "`vidsim prepare")),
+        ("evaluate", (), ("shards", "`vidsim prepare")),
+    ],
+)
+def test_a_stage_without_what_it_reads_does_not_claim_the_workdir(
+    vidsim, config, tmp_path, verb, flags, words
+):
+    workdir = tmp_path / "run"
+    refused(vidsim(verb, f"--config={config}", f"--workdir={workdir}", *flags), *words)
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "there", "words"),
+    [
+        ("encode", (), (), ("latent statistics", "`vidsim train --model=vae` first")),
+        ("train", ("--model=dit",), (), ("tokenizer", "`vidsim train --model=tokenizer` first")),
+        (
+            "train",
+            ("--model=dit",),
+            ("tokenizer.model", "vae"),
+            ("latent cache", "run `vidsim encode` first"),
+        ),
+        ("evaluate", (), ("tokenizer.model", "vae"), ("dit/checkpoints", "train first")),
+    ],
+)
+def test_a_stage_names_the_one_that_it_needs(
+    vidsim, tiny, config, tmp_path, verb, flags, there, words
+):
+    workdir = tiny.copy(tmp_path / "run", "shards", *there)
+    before = sorted(path.name for path in workdir.iterdir())
+    ended = vidsim(verb, f"--config={config}", f"--workdir={workdir}", *flags)
+    refused(ended, *words)
+    assert "exported" not in ended.stderr
+    assert sorted(path.name for path in workdir.iterdir()) == before
+
+
 def test_wrong_key_of_the_world(vidsim, changed, tmp_path):
     out = tmp_path / "world"
     ended = vidsim("worlds", f"--config={changed('config.world.clip = 3')}", f"--out={out}")
@@ -193,10 +273,11 @@ def test_run_that_has_not_trained(vidsim, tiny, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--width=50", "--height=32"), ("width=50", "multiple of 8", "use 48 or 56")),
-        (("--width=50",), ("width=50", "give both or neither")),
+        (("--width=50", "--height=32"), ("width=50", "multiple of 16", "use 48 or 64")),
+        (("--width=50",), ("width=50 without height", "both or neither, multiples of 16")),
+        (("--height=64",), ("height=64 without width", "both or neither, multiples of 16")),
         (("--frames=8",), ("frames=8", "1 + 4k", "use 5 or 9")),
-        (("--solver=rk4",), ("solver='rk4'", "euler", "heun")),
+        (("--solver=rk4",), ("solver='rk4'", "use euler or heun")),
         (("--mode=animate",), ("mode=animate", "--image=FILE")),
         (("--image=x.png",), ("mode=text takes no --image=x.png", "leave it out")),
         (("--mode=animate", "--image=x.png"), ("x.png", "give")),
@@ -209,11 +290,22 @@ def test_sample_that_cannot_be(vidsim, tiny, tmp_path, flags, words):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "frames", "remedy"),
+    [("ball.png", 9, ".mp4"), ("ball.gif", 9, ".mp4"), ("ball.mp4", 1, ".png")],
+)
+def test_the_ending_of_another_kind_of_file(vidsim, tiny, tmp_path, name, frames, remedy):
+    out = tmp_path / "out" / name
+    ended = vidsim("sample", f"--run={tiny.workdir}", f"--frames={frames}", f"--out={out}")
+    refused(ended, f"--out={out}", f"written as {remedy}", f"use --out={out.with_suffix('')}")
+    assert not out.parent.exists()
+
+
 def test_size_off_the_grid_says_one_line_in_a_process_of_its_own(new_process, tiny, tmp_path):
     out = tmp_path / "out"
     flags = (f"--run={tiny.workdir}", f"--out={out / 'ball'}", "--width=50", "--height=32")
     ended = new_process("-m", "vidsim.cli.main", "sample", *flags)
-    refused(ended, "width=50", "multiple of 8", "use 48 or 56")
+    refused(ended, "width=50", "multiple of 16", "use 48 or 64")
     assert not out.exists()
 
 

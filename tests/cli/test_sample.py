@@ -45,6 +45,42 @@ def test_the_samples_of_a_run_are_requests(tiny, vidsim, tmp_path):
         assert {key: after[key] for key in shared} == {key: before[key] for key in shared}
 
 
+def test_the_ending_of_the_file_may_be_given(tiny, vidsim, tmp_path):
+    flags = ("sample", f"--run={tiny.workdir}")
+    for out, frames, written in (
+        ("a.mp4", 5, "a.mp4"),
+        ("b.png", 1, "b.png"),
+        ("c.v2", 5, "c.v2.mp4"),  # part of a name, and no ending
+    ):
+        ended = vidsim(*flags, f"--frames={frames}", f"--out={tmp_path / out}")
+        assert ended.summary["out"] == str(tmp_path / written)
+    found = {path.name for path in tmp_path.iterdir()}
+    assert found == {"a.mp4", "a.json", "b.png", "b.json", "c.v2.mp4", "c.v2.json"}
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (("--frames=33", "--width=48", "--height=32"), "33x48x32"),
+        (("--frames=1", "--width=64", "--height=32"), "1x64x32"),
+        (("--frames=1", "--width=48", "--height=48"), None),  # as many pixels were trained, in time
+    ],
+)
+def test_a_sample_far_beyond_training_is_made_with_a_warning(tiny, vidsim, tmp_path, size, words):
+    """Of a run and of its export alike; the tiny run trains on at most 13 frames of 48x32."""
+    out = tmp_path / "exported"
+    assert vidsim("export", f"--run={tiny.workdir}", f"--out={out}").code == 0
+    for run in (tiny.workdir, out):
+        ended = vidsim("sample", f"--run={run}", *size, f"--out={tmp_path / 'ball'}")
+        assert ended.code == 0, ended.stderr
+        if words is None:
+            assert ended.stderr == ""
+        else:
+            (line,) = ended.stderr.splitlines()
+            assert line.startswith(f"warning: {words} (frames, width, height) is far beyond")
+            assert "13x48x32" in line
+
+
 LAUNCH = ("-m", "launch.local", "--processes=2")
 
 

@@ -43,7 +43,9 @@ def row(number: int, width: int, height: int, frames: int, **more) -> dict:
     }
 
 
-SIZES = st.sampled_from([(1920, 1080), (1080, 1920), (640, 480), (500, 500), (30, 31)])
+SIZES = st.sampled_from(
+    [(1920, 1080), (1080, 1920), (640, 480), (500, 500), (30, 31), (90, 25), (800, 20)]
+)
 rows = st.lists(st.tuples(SIZES, st.integers(1, 40)), min_size=1, max_size=30)
 
 
@@ -354,8 +356,22 @@ def test_no_clip_is_left_out_of_found_shapes(drawn, ratios, durations):
             scale = buckets.scale_of(
                 index[record]["width"], index[record]["height"], (width, height)
             )
-            # Only the smallest area blows a clip up by more than a little.
-            assert scale**2 * 1.3 >= 1 or width * height <= 1.25 * 1024
+            # Only the smallest area that has its frames blows a clip up by more than a little.
+            areas = [h * w for n, h, w in shapes if n <= index[record]["frames"]]
+            assert scale**2 * 1.3 >= 1 or width * height <= 1.5 * min(areas)
+
+
+def test_a_clip_that_the_search_counts_to_another_tier_than_its_sides_is_not_left_out():
+    """800x400 has the area of 512x512 but is lower; in 256x256 there are only long videos."""
+    index = [row(n, 600, 600, 1) for n in range(9)] + [row(9, 800, 400, 1)]
+    index += [row(10, 256, 256, 33)]
+    config = dataclasses.replace(
+        FIND, areas=(256**2, 512**2), ratios=1, durations=1, clip_tokens=10**5
+    )
+    shapes = buckets.find(index, config, stride=STRIDE, grid=16)
+    assert shapes == ((1, 512, 512), (33, 256, 256))
+    members = buckets.assign(index, "train", shapes)
+    assert members == {(1, 512, 512): list(range(10)), (33, 256, 256): [10]}
 
 
 def test_equal_clips_need_one_shape():

@@ -170,10 +170,42 @@ def test_memory_does_not_grow_with_the_length_of_a_film(tmp_path):
         assert found["long"][process] < found["short"][process] + 80
 
 
+def write_raw_film(path: pathlib.Path, count: int) -> None:
+    """A film of noise, about 21 kB a frame, with a cut every 500 frames."""
+    path.parent.mkdir()
+    with av.open(str(path), "w", format="matroska") as output:
+        stream = output.add_stream("mjpeg", rate=25, options={"qscale": "2"})
+        stream.height, stream.width, stream.pix_fmt = 180, 320, "yuvj444p"
+        for t in range(count):
+            still = frames(1, 180, 320)[0] // (1 + t // 500 % 2)
+            image_HWC = np.roll(still, t, axis=1)
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(image_HWC, format="rgb24")))
+        output.mux(stream.encode(None))
+
+
+def test_memory_does_not_grow_with_the_bytes_of_a_film_that_is_searched_for_cuts(tmp_path):
+    pytest.importorskip("scenedetect")
+    from benchmarks.prepare import peak_memory
+
+    found = {}
+    for name, count in (("short", 500), ("long", 2000)):
+        write_raw_film(tmp_path / name / "film.mkv", count)
+        found[name] = peak_memory(tmp_path / name, tmp_path / f"{name}_out", shot_cuts=True)
+        assert found[name]["clips"] == count / 250
+    # Of 11 MB and of 42 MB, as much is held: some clips of 5 MB.
+    assert found["long"]["decoder_peak_mb"] < found["short"]["decoder_peak_mb"] + 40
+
+
 def test_an_animated_image_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     pictures = [video.Image.fromarray(image_HWC) for image_HWC in frames(6)]
     pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
     assert clips.examine(tmp_path, "a.gif", prepare.Config("", ""))[0].kind == "video"
+    short = prepare.Config("", "", max_seconds=0.5)
+    finding, _ = clips.examine(tmp_path, "a.gif", short)
+    assert finding.reason == (
+        "is an animated image of 0.6 s, longer than max_seconds=0.5, which cannot be cut;"
+        " convert it to mp4"
+    )
     monkeypatch.setattr(video, "_MAX_ANIMATED_MB", 0.01)
     finding, _ = clips.examine(tmp_path, "a.gif", prepare.Config("", ""))
     assert "convert it to mp4" in finding.reason

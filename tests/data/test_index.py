@@ -42,6 +42,17 @@ def test_captions_count_where_their_lengths_do():
     assert change(base, told, captions=True).changed == 1
 
 
+def test_other_weights_and_shares_of_the_draws_are_another_order_and_named():
+    base = index.summary(rows(1), captions=True)
+    mixed = {"weights": {"cats": 1.0}, "image_share": 0.0, "caption_weights": {}}
+    shared = {**mixed, "image_share": 0.25}
+    found = [index.summary(rows(1), captions=True, draws=draws) for draws in (mixed, shared)]
+    assert len({told.hash for told in (base, *found)}) == 3
+    assert index.summary(rows(1), captions=True, draws={"image_share": 0.0}) == base
+    assert index.difference(*found).text == "image_share None -> 0.25"
+    assert index.difference(base, found[0]).text == "weights None -> {'cats': 1.0}"
+
+
 def test_a_change_counts_records_and_names_the_first():
     now = [*rows(3, 4, 5, 6), *rows(2, frames=13), *rows(7, 8)]
     found = change(rows(0, 1, 2, 3), now)
@@ -74,7 +85,7 @@ def test_beyond_the_limit_data_sets_alone_are_compared(monkeypatch):
 
 
 def test_a_summary_comes_back_by_its_hash(tmp_path):
-    told = index.summary(rows(1, 2, dataset="größer"), captions=True)
+    told = index.summary(rows(1, 2, dataset="größer"), captions=True, draws={"image_share": 0.5})
     told.write(tmp_path)
     assert index.read_summary(tmp_path, told.hash) == told
     assert index.read_summary(tmp_path, "0123") is None

@@ -41,12 +41,34 @@ def test_a_call_that_makes_no_progress_is_ended(child):
 
 
 def test_progress_gives_more_time(child):
-    """Five beats 0.4 s apart, with patience for 1 s: more in all than patience for one."""
+    """Beats all along 5 s, told at most once a second, with patience for 3 s."""
     program = (
-        "[(__import__('time').sleep(0.4), __import__('vidsim.data.isolated').data.isolated.beat())"
-        " for _ in range(5)] and 7"
+        "[(__import__('time').sleep(0.1), __import__('vidsim.data.isolated').data.isolated.beat())"
+        " for _ in range(50)] and 7"
     )
-    assert child.call(eval, program, patience=1.0) == 7
+    assert child.call(eval, program, patience=3.0) == 7
+
+
+def test_an_interrupted_call_does_not_answer_the_next_one(child, monkeypatch):
+    assert child.call(operator.add, 0, 0, patience=60) == 0
+    poll = child._connection.poll
+
+    def interrupt(patience):
+        poll(patience)  # the answer is there when the user gives up
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(child._connection, "poll", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        child.call(operator.add, 1, 1, patience=60)
+    assert child.call(operator.add, 2, 3, patience=60) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_no_file(child, number):
+    """Whoever stops the run sends it to the whole group; the parent decides what that means."""
+    pid = child.call(os.getpid, patience=60)
+    os.kill(pid, number)
+    assert child.call(os.getpid, patience=60) == pid
 
 
 def test_memory_is_bounded(child):

@@ -76,6 +76,7 @@ def test_a_tiny_weight_still_draws():
     ("groups", "words"),
     [
         ([], "no groups"),
+        ([Group("films", (1,), 1.0)] * 1025, "1025 groups, but a block of draws has 1024"),
         ([Group("films", (), 1.0)], "films holds no samples"),
         ([Group("films", (1,), 0.0)], "weight=0.0 of films"),
         ([Group("films", (1,), float("nan"))], "weight=nan of films"),

@@ -206,29 +206,41 @@ def lognormal() -> tuple[list, packing.Plan, list[packing.Step]]:
 
 
 def test_rows_are_full_cost_alike_and_every_step_has_its_share_of_images(lognormal):
-    rows, plan, steps = lognormal
-    valid, spread, images = [], [], []
-    for step in steps:
-        sizes = [
-            np.array([piece.latents * rows[piece.sample][1] + rows[piece.sample][2] for piece in r])
-            for r in step.rows
-        ]
-        costs = [cost(of_row, 64).sum() for of_row in sizes]
-        valid.append(sum(of_row.sum() for of_row in sizes))
-        spread.append(max(costs) / np.mean(costs))
-        images.append(
-            sum(
-                size
-                for row, of_row in zip(step.rows, sizes, strict=True)
-                for piece, size in zip(row, of_row, strict=True)
-                if rows[piece.sample][0] == 1
-            )
-        )
-    assert np.mean(valid) / plan.config.tokens >= 0.98
-    assert np.mean(spread) <= 1.05
-    share = np.sum(images) / np.sum(valid)
-    found = np.array(images) / np.array(valid) / share
+    _, plan, steps = lognormal
+    measured = [packing.facts(step, plan.samples, 64) for step in steps]
+    valid = np.array([facts.tokens for facts in measured])
+    images = np.array([facts.image_tokens for facts in measured])
+    assert valid.mean() / plan.config.tokens >= 0.98
+    assert np.mean([facts.cost_spread for facts in measured]) <= 1.05
+    found = images / valid / (images.sum() / valid.sum())
     assert found.min() >= 0.5 and found.max() <= 2.0
+
+
+def test_facts_of_a_step_are_counted_by_hand():
+    """An image of 10 tokens; a piece of two of three latents, of 20, beside another image of 4."""
+    samples = samples_of([(1, 8, 2), (3, 9, 2), (1, 3, 1)])
+    rows = [
+        [packing.Piece(0, 0, 0, 1)],
+        [packing.Piece(1, 0, 1, 2), packing.Piece(2, 0, 0, 1)],
+        [],
+    ]
+    found = packing.facts(packing.Step(32, rows), samples, 5)
+    assert (found.tokens, found.image_tokens) == (34, 14)
+    costs = [10 + 100 / 30, 20 + 400 / 30 + 4 + 16 / 30, 0.0]
+    np.testing.assert_allclose(found.costs_B, costs)
+    assert found.cost_spread == pytest.approx(3 * costs[1] / sum(costs))
+
+
+def test_a_block_that_cannot_be_filled_is_named(monkeypatch):
+    plan = plan_of([(1, 9, 1)], packing.Config((64,), 8, 8))
+    monkeypatch.setattr(packing, "arrange", lambda *args, **how: None)
+    with pytest.raises(InputError, match=r"samples of block 0 of packs do not fit its 128 steps"):
+        plan[0]
+    empty = packing.Plan(
+        plan.samples, plan.mixture, plan.config, width=WIDTH, quota=1
+    )  # a block takes next to nothing
+    with pytest.raises(InputError, match=r"the 0 samples of block 1 of packs"):
+        empty[empty.block_steps]
 
 
 def test_rows_at_random_would_not_cost_alike(lognormal):
@@ -260,22 +272,6 @@ def test_a_handful_of_samples_fills_every_step(count):
     plan = plan_of([(1, 9, 1), (3, 10, 2), (30, 5, 3)][:count], packing.Config((64,), 8, 8))
     for step in walk(plan, 2):
         assert all(step.rows), "a row without a sample"
-
-
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_rows_of_all_hosts_are_the_rows_of_one(hosts):
-    """Each host plans the whole step and loads its rows of it."""
-    rows = [(t, 3, 2) for t in range(1, 30)]
-    plans = [plan_of(rows, packing.Config((64,), 4, 20)) for _ in range(hosts)]
-    whole = plan_of(rows, packing.Config((64,), 4, 20))
-    for number in (0, 7, 100):
-        share = 4 // hosts
-        joined = [
-            row
-            for host, plan in enumerate(plans)
-            for row in plan[number].rows[host * share : (host + 1) * share]
-        ]
-        assert joined == whole[number].rows
 
 
 def test_a_latent_longer_than_a_row_is_named():

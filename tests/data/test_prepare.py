@@ -1,11 +1,14 @@
+import dataclasses
 import json
 import os
 import pathlib
+import re
+import socket
 
 import numpy as np
 import pytest
 
-from vidsim.data import clips, filters, isolated, listing, prepare, records, video
+from vidsim.data import clips, engine, filters, isolated, listing, prepare, records, shots, video
 from vidsim.errors import InputError
 from vidsim.files import read_json, read_jsonl, write_jsonl
 
@@ -190,18 +193,25 @@ def test_rows_of_captions_that_cannot_be_read_go_to_quarantine_and_their_files_s
         video.write_video(folder / f"{name}.mp4", frames(), 8)
     rows = [f'{{"file": "{name}.mp4", "caption": "größe"}}' for name in "abc"]
     lines = [rows[0].encode(), rows[1].encode("latin-1"), rows[2].encode()[:-3], b""]
+    half = json.dumps({"file": "a.mp4", "caption": "half \ud83d"})
+    lines += [half.encode(), b'{"file": "a.mp4", "caption": %s}' % (b"9" * 5000)]
     (folder / "captions.jsonl").write_bytes(b"\n".join(lines))
     assert run(folder, out)["clips"] == 3
     captions = {row["source"]: row["captions"] for row in records.Shards(out).index}
     assert captions == {"a.mp4": [["größe", "given"]], "b.mp4": [], "c.mp4": []}
-    broken, torn = read_jsonl(out / "quarantine.jsonl")
+    broken, torn, half, long = read_jsonl(out / "quarantine.jsonl")
     place = rows[1].index("ö")
     assert broken["file"] == "captions.jsonl" and broken["line"] == 2
     assert broken["reason"] == f"is not UTF-8: byte 0xf6 at byte {place}"
     assert torn["line"] == 3 and torn["reason"].startswith("is not JSON")
+    assert half["line"] == 5 and half["reason"].startswith("holds half of a character")
+    assert long["line"] == 6 and long["reason"].startswith("is not JSON")
+    # They are rows, not files: three decode and none does not.
+    assert "3 files" in (out / "funnel.html").read_text()
     manifest = read_json(out / "manifest.json")
-    assert manifest["caption_rows_quarantined"] == 2
-    assert [row["line"] for row in manifest["files"]["captions.jsonl"]["quarantined"]] == [2, 3]
+    assert manifest["caption_rows_quarantined"] == 4
+    listed = [row["line"] for row in manifest["files"]["captions.jsonl"]["quarantined"]]
+    assert listed == [2, 3, 5, 6]
 
 
 def test_captions_of_which_no_row_can_be_read_are_an_error(tmp_path):
@@ -219,8 +229,7 @@ def test_captions_of_which_no_row_can_be_read_are_an_error(tmp_path):
 def test_input_is_checked_as_preparing_does_but_nothing_is_decoded_or_written(
     source, prepared, tmp_path, monkeypatch
 ):
-    for name in ("probe", "check", "read_frames"):
-        monkeypatch.setattr(video, name, None)
+    monkeypatch.setattr(isolated, "shared", None)  # who would decode
     config = prepare.Config(str(source), str(tmp_path / "out"))
     assert prepare.check_input(config) is None
     assert not (tmp_path / "out").exists()
@@ -282,24 +291,58 @@ def test_a_decoder_that_fails_as_nobody_foresaw_is_a_reason(tmp_path, monkeypatc
     assert finding.kind == "quarantined"
 
 
-def test_a_file_that_kills_the_decoder_does_not_stop_the_others(tmp_path, monkeypatch):
-    for name in "abc":
-        video.write_video(tmp_path / "in" / f"{name}.mp4", frames(), 8)
+def dying(monkeypatch, file: str, times: int) -> isolated.Child:
+    """A decoding process that is killed so many times while it reads the file."""
     child = isolated.Child()
-    call = child.call
+    call, deaths = child.call, iter(range(times))
 
-    def deadly(function, folder, file, config, *, patience):
-        if file == "b.mp4":
-            return call(os.kill, child._process.pid, 11, patience=patience)
-        return call(function, folder, file, config, patience=patience)
+    def deadly(function, folder, name, config, *, patience):
+        if name == file and next(deaths, None) is not None:
+            return call(os.abort, patience=patience)
+        return call(function, folder, name, config, patience=patience)
 
     monkeypatch.setattr(child, "call", deadly)
     monkeypatch.setattr(isolated, "shared", lambda: child)
+    return child
+
+
+@pytest.mark.parametrize("deaths", [1, 9])
+def test_a_file_that_kills_the_decoder_goes_to_quarantine_when_it_does_so_again(
+    tmp_path, monkeypatch, deaths
+):
+    """Once, and it was not the file: a machine without memory kills whom it likes."""
+    for name in "abc":
+        video.write_video(tmp_path / "in" / f"{name}.mp4", frames(), 8)
+    child = dying(monkeypatch, "b.mp4", deaths)
     totals = run(tmp_path / "in", tmp_path / "out")
     child.close()
-    assert (totals["clips"], totals["quarantined"]) == (2, 1)
-    (row,) = read_jsonl(tmp_path / "out" / "quarantine.jsonl")
-    assert row == {"file": "b.mp4", "reason": "crashed the decoder (SIGSEGV)"}
+    bad = [{"file": "b.mp4", "reason": "crashed the decoder (SIGABRT)"}] if deaths > 1 else []
+    assert (totals["clips"], totals["quarantined"]) == (3 - len(bad), len(bad))
+    assert read_jsonl(tmp_path / "out" / "quarantine.jsonl") == bad
+
+
+def test_what_a_machine_lacks_is_no_fault_of_the_files(tmp_path, monkeypatch):
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    config = prepare.Config(str(tmp_path / "in"), str(tmp_path / "out"))
+    unit = {"number": 0, "files": ["a.mp4"]}
+    elsewhere = dataclasses.replace(config, input=str(tmp_path / "not_mounted"))
+    host = re.escape(socket.gethostname())
+    with pytest.raises(InputError, match=f"not_mounted is not there on {host}"):
+        prepare.examine_unit(tmp_path, elsewhere, unit)
+
+    def lack(*args, **how):
+        raise ModuleNotFoundError("No module named 'cv2'")
+
+    monkeypatch.setattr(shots, "find", lack)
+    monkeypatch.setattr(shots, "check_installed", lambda: None)
+    with pytest.raises(ImportError):
+        clips.examine(tmp_path / "in", "a.mp4", dataclasses.replace(config, shot_cuts=True))
+    child = isolated.Child()
+    monkeypatch.setattr(child, "call", lack)
+    monkeypatch.setattr(isolated, "shared", lambda: child)
+    with pytest.raises(InputError, match=f"No module named 'cv2' on {host}"):
+        prepare.examine_unit(tmp_path, config, unit)
+    assert not list(tmp_path.glob("findings-*"))
 
 
 # Prepares with units of one file; kills itself when so many of them are done.
@@ -348,13 +391,72 @@ def test_killed_preparing_goes_on_where_it_stopped(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_was_killed_with_another_config_is_done_again(source, prepared, new_process, tmp_path):
+def test_findings_that_a_power_cut_emptied_are_made_again(source, prepared, new_process, tmp_path):
+    killed = new_process("-c", KILLED, source, tmp_path / "out", 9)
+    assert killed.code == -9, killed.stderr
+    (work,) = tmp_path.iterdir()
+    (work / "findings-000002.jsonl").write_text("")
+    (work / "findings-000003.jsonl").write_bytes(bytes(400))
+    (work / "out").mkdir()
+    for name in contents(prepared):
+        if "array_record" in name:
+            (work / "out" / name).write_bytes(b"")
+    run_in_units_of_one(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+def run_in_units_of_one(source, out) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "_UNIT_FILES", 1)
+        run(source, out)
+
+
+# Kills itself when so many shards are written, within the next one.
+KILLED_WRITING = """
+import os, sys
+from vidsim.data import filters, prepare, records
+folder, out, shards = sys.argv[1:]
+example, written = records._example, []
+def make(clip):
+    written.append(clip.id)
+    if len(written) > int(shards):
+        os.kill(os.getpid(), 9)
+    return example(clip)
+records._example = make
+prepare.prepare(prepare.Config(folder, out, max_seconds=3.0, validation_share=0.3,
+                               filters=filters.OFF, records_per_shard=1))
+"""
+
+
+def test_killed_writing_goes_on_where_it_stopped(source, new_process, tmp_path, monkeypatch):
+    killed = new_process("-c", KILLED_WRITING, source, tmp_path / "out", 2)
+    assert killed.code == -9, killed.stderr
+    (work,) = tmp_path.iterdir()
+    assert len(list((work / "out").glob("vidsim-*"))) == 2
+    write_unit, written = prepare.write_unit, []
+
+    def remember(work, config, unit):
+        written.append(unit["name"])
+        return write_unit(work, config, unit)
+
+    monkeypatch.setattr(prepare, "write_unit", remember)
+    run(source, tmp_path / "out", records_per_shard=1)
+    assert len(written) == 3
+    monkeypatch.undo()
+    run(source, tmp_path / "again", records_per_shard=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+def test_what_was_killed_with_another_config_is_done_again(
+    source, prepared, new_process, tmp_path, capsys
+):
     killed = new_process("-c", KILLED, source, tmp_path / "out", 9)
     assert killed.code == -9, killed.stderr
     (work,) = tmp_path.iterdir()
     (findings,) = work.glob("findings-000000.jsonl")
     findings.write_text("no longer true")
     run(source, tmp_path / "out", validation_share=0.5)
+    assert f"unfinished work on another config in {work} is removed" in capsys.readouterr().err
     ids = [row["id"] for row in records.Shards(tmp_path / "out").index]
     assert sorted(ids) == sorted(row["id"] for row in records.Shards(prepared).index)
 
@@ -363,6 +465,65 @@ def test_two_processes_do_not_prepare_the_same_folder_at_once(source, tmp_path):
     work = tmp_path / ".out.work"
     with prepare._held(work, {}), pytest.raises(InputError, match="another process is at work"):
         run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_goes_wrong_with_the_engine_or_an_input_leaves_what_was_found(
+    source, prepared, new_process, tmp_path, monkeypatch
+):
+    killed = new_process("-c", KILLED, source, tmp_path / "out", 9)
+    assert killed.code == -9, killed.stderr
+    (work,) = tmp_path.iterdir()
+    before = contents_of_files(work)
+    with pytest.raises(InputError, match="no Ray cluster answers"):
+        config = prepare.Config(str(source), str(tmp_path / "out"), max_seconds=3.0)
+        prepare.prepare(config, on=engine.Engine(ray_address="127.0.0.1:1"))
+    assert contents_of_files(work) == before
+
+    def fail(*args):
+        raise InputError("not there on this machine")
+
+    monkeypatch.setattr(prepare, "write_unit", fail)
+    with pytest.raises(InputError, match="on this machine"):
+        run_in_units_of_one(source, tmp_path / "out")
+    left = contents_of_files(work)
+    assert before.items() <= left.items() and len(left) > len(before)
+
+
+def contents_of_files(folder: pathlib.Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_the_folder_may_be_a_link_but_no_mount(source, prepared, tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    run(source, tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert contents(tmp_path / "disk") == contents(prepared)
+    monkeypatch.setattr(pathlib.Path, "is_mount", lambda path: path.name == "mounted")
+    with pytest.raises(InputError, match="is where a disk is mounted"):
+        run(source, tmp_path / "mounted")
+
+
+def test_accounts_that_do_not_close_are_an_error_and_no_output(source, tmp_path, monkeypatch):
+    decide = clips.decide
+    monkeypatch.setattr(clips, "decide", lambda *args: decide(*args)[1:])
+    with pytest.raises(RuntimeError, match="the accounts do not close: 1 files"):
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_change_after_they_were_examined_are_noticed(tmp_path, monkeypatch):
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    decide = clips.decide
+
+    def meanwhile(*args):
+        os.utime(tmp_path / "in" / "a.mp4", (1, 1))
+        return decide(*args)
+
+    monkeypatch.setattr(clips, "decide", meanwhile)
+    with pytest.raises(InputError, match="changed while they were prepared"):
+        run(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -52,6 +52,49 @@ def test_records_come_back_whole_and_in_the_order_of_the_index(folder):
     assert "data" not in shards.index[0]
 
 
+def test_records_are_the_bytes_that_tfds_makes(folder, tmp_path):
+    """Written without its encoder, which copies the data several times."""
+    from array_record.python import array_record_module
+    from tensorflow_datasets.core import example_serializer
+
+    features = records._features()
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    clips = make_clips(3)
+    records.write_shard(tmp_path / "shard", clips)
+    stored = array_record_module.ArrayRecordReader(str(tmp_path / "shard")).read_all()
+    for clip, found in zip(clips, stored, strict=True):
+        row = {key: value for key, value in records.index_row(clip).items() if key != "split"}
+        row["captions"] = [{"text": text, "origin": origin} for text, origin in clip.captions]
+        example = serializer.get_tf_example(features.encode_example({**row, "data": clip.data}))
+        assert found == example.SerializeToString(deterministic=True)
+
+
+def test_shards_are_read_in_the_order_of_their_numbers(folder, tmp_path):
+    """From 100,000 on they have more digits, and text sorts 100000 before 99999."""
+    names = [f"vidsim-train.array_record-{n}-of-100001" for n in ("00009", "99999", "100000")]
+    names.append("vidsim-validation.array_record-00000-of-00001")
+    for name in reversed(names):
+        (tmp_path / name).write_bytes(b"")
+    for name in ("index.jsonl", "manifest.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    assert [pathlib.Path(file).name for file in records.Shards(tmp_path)._files] == names
+
+
+def test_pickled_shards_are_a_path(folder):
+    assert len(pickle.dumps(records.Shards(folder))) < 500
+
+
+def test_a_shard_that_was_cut_short_is_not_whole(tmp_path):
+    path, clips = tmp_path / "shard", make_clips(3)
+    records.write_shard(path, clips)
+    assert records.is_whole(path, 3) and not records.is_whole(path, 2)
+    data = path.read_bytes()
+    for broken in (b"", data[: len(data) // 2], bytes(len(data))):
+        path.write_bytes(broken)
+        assert not records.is_whole(path, 3)
+    assert not records.is_whole(tmp_path / "nowhere", 3)
+
+
 def test_random_access_equals_order(folder):
     shards = records.Shards(folder)
     in_order = [shards[i] for i in range(7)]

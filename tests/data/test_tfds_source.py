@@ -199,7 +199,7 @@ def test_a_damaged_example_becomes_a_file_that_does_not_decode(tmp_path):
     media, _ = listing.list_files(folder)
     assert [file[-12:] for file in media] == ["00000000.mp4", "0001.damaged", "00000002.mp4"]
     with pytest.raises(video.DecodeError):
-        video.check(folder / media[1])
+        video.read_frames(folder / media[1])
 
 
 def test_an_interrupted_folder_goes_on_and_equals_an_uninterrupted_one(

@@ -80,8 +80,15 @@ def make_run(run):
             "physics": {**numbers, "clips": 24, "given_frames": 5, "kinds": kinds},
         },
     )
-    files.write_json(run / "stages.json", {"vae": {"seconds": 310.4}, "dit": {"seconds": 3890.0}})
-    dit = {"width": 192, "depth": 6, "parameters": 2812345}
+    files.write_json(
+        run / "stages.json",
+        {
+            "vae": {"seconds": 310.4, "complete": True, "result": {"parameters": 2812345}},
+            "dit": {"seconds": 3890.0, "complete": False, "result": None},
+            "evaluate": {"seconds": 7.0, "complete": True, "result": {"physics": numbers}},
+        },
+    )
+    dit = {"text_dropout": 0.1, "model": {"width": 192, "sizes": [[64, 48], [48, 64]]}}
     files.write_json(run / "config.json", {"name": "quickstart", "seed": 0, "dit": dit})
     return run
 
@@ -134,6 +141,24 @@ def test_numbers_and_facts_are_shown(page):
         assert text in page, text
     for text in ("1 h 10 min", "2,812,345", "seed 3 · 64×48 · 17 frames at 8 fps", "parabola"):
         assert text in page, text
+
+
+def test_stages_and_config_are_tables_without_dicts(page):
+    rows = dict(re.findall(r"<tr><th>([\w.]+)</th>(<td>.*?)</tr>", page.split("6. Config")[1]))
+    assert rows == {
+        "vae": "<td>5 min 10 s</td><td>parameters 2,812,345</td>",
+        "dit": "<td>text_dropout 0.1</td>",  # of the config; above it "not complete"
+        "evaluate": "<td>7.0 s</td><td></td>",
+        "total": "<td>1 h 10 min</td><td></td>",
+        "run": "<td>name quickstart · seed 0</td>",
+        "dit.model": "<td>width 192 · sizes [[64, 48], [48, 64]]</td>",
+    }
+    assert "<td>1 h 04 min</td><td>not complete</td>" in page
+
+
+def test_numbers_beside_each_other_have_as_many_digits(page):
+    cells = re.findall(r"<td>([\d.]+)</td>", page.split('<table class="numbers">')[1])
+    assert {"0.520", "0.0900", "1.93", "1.41"} <= set(cells)
 
 
 def test_curves_are_drawn_in_the_colour_of_the_page(page):

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vidsim.layers.conv3d import CausalConv3d, causal_conv3d
+from vidsim.layers.conv3d import WAYS, CausalConv3d, conv3d, fastest
+from vidsim.layers.feature_cache import FeatureCache
 
 # Sums of up to 3 * 3 * 3 * 5 = 135 products of normal numbers, in another order: a few float32
 # roundings of values around ten.
 ORDER_OF_SUMS = {"rtol": 1e-5, "atol": 1e-5}
-conv = jax.jit(causal_conv3d)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -28,27 +28,40 @@ def native(past_BTHWC, kernel_THWCD):
     )
 
 
+@pytest.mark.parametrize("time_stride", [1, 2])
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 3, 3), (2, 2, 3), (3, 3, 3), (3, 1, 1)])
-def test_sum_of_taps_equals_native_3d_convolution(kernel):
-    x, weights = normal(0, 2, 4, 5, 6, 5), normal(1, *kernel, 5, 7)
-    past = np.concatenate([x[:, :1]] * (kernel[0] - 1) + [x], axis=1)
-    np.testing.assert_allclose(conv(x, weights), native(past, weights), **ORDER_OF_SUMS)
+def test_every_way_of_convolving_gives_the_same(kernel, time_stride):
+    x, weights = normal(0, 2, 5, 5, 6, 5), normal(1, *kernel, 5, 7)
+    wanted = native(x, weights)[:, ::time_stride]
+    for way in (*WAYS, None):
+        found = jax.jit(lambda x, w, way=way: conv3d(x, w, time_stride=time_stride, way=way))
+        np.testing.assert_allclose(found(x, weights), wanted, **ORDER_OF_SUMS)
 
 
-def test_future_frames_do_not_change_past_frames():
-    weights = normal(1, 3, 3, 3, 2, 3)
-    gradient = jax.jit(
-        jax.grad(lambda x, t: jnp.sum(jnp.square(causal_conv3d(x, weights)[:, t])), argnums=0)
-    )
-    for t in range(5):
-        seen = np.any(np.asarray(gradient(normal(0, 1, 5, 4, 4, 2), t)), axis=(0, 2, 3, 4))
-        assert seen.tolist() == [max(t - 2, 0) <= s <= t for s in range(5)]
+def test_the_way_is_picked_by_platform_and_channels():
+    assert fastest("cpu", 96) == "taps"
+    assert fastest("cpu", 3) == "channels"
+    assert fastest("gpu", 3) == fastest("tpu", 96) == "native"
+    text = str(jax.make_jaxpr(conv3d)(normal(0, 1, 3, 4, 4, 32), normal(1, 3, 3, 3, 32, 2)))
+    convolutions = 3 if jax.default_backend() == "cpu" else 1
+    assert text.count("conv_general_dilated[") == convolutions
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+def test_before_a_clip_lies_its_first_frame_or_nothing(repeat):
+    x = normal(0, 1, 3, 4, 4, 2)
+    layer = CausalConv3d(2, 3, (3, 3, 3), rngs=nnx.Rngs(0), repeat=repeat)
+    past = np.concatenate([x[:, :1] * repeat] * 2 + [x], axis=1)
+    wanted = native(past, layer.kernel[...])
+    np.testing.assert_allclose(layer(x, FeatureCache()), wanted, **ORDER_OF_SUMS)
+    image = layer(x[:, :1], FeatureCache())
+    np.testing.assert_allclose(image, wanted[:, :1], **ORDER_OF_SUMS)
 
 
 def test_a_still_clip_stays_still():
     x = np.repeat(normal(0, 1, 1, 4, 4, 2), 5, axis=1)
-    out = np.asarray(conv(x, normal(1, 3, 3, 3, 2, 3)))
-    np.testing.assert_array_equal(out, np.repeat(out[:, :1], 5, axis=1))
+    out = np.asarray(CausalConv3d(2, 3, (3, 3, 3), rngs=nnx.Rngs(0))(x, FeatureCache()))
+    np.testing.assert_allclose(out, np.repeat(out[:, :1], 5, axis=1), **ORDER_OF_SUMS)
 
 
 def test_the_layer_keeps_the_dtype_of_activations_and_float32_weights():
@@ -56,4 +69,7 @@ def test_the_layer_keeps_the_dtype_of_activations_and_float32_weights():
     assert layer.kernel.get_value().dtype == layer.bias.get_value().dtype == jnp.float32
     graphdef, params = nnx.split(layer)
     x = jax.ShapeDtypeStruct((1, 2, 4, 4, 2), jnp.bfloat16)
-    assert jax.eval_shape(lambda p, x: nnx.merge(graphdef, p)(x), params, x).dtype == jnp.bfloat16
+    assert (
+        jax.eval_shape(lambda p, x: nnx.merge(graphdef, p)(x, FeatureCache()), params, x).dtype
+        == jnp.bfloat16
+    )

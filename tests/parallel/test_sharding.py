@@ -5,7 +5,6 @@ import textwrap
 
 import jax
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec
 
 from vidsim.errors import InputError
@@ -43,11 +42,6 @@ def test_colliding_axes_are_named():
 def test_unknown_axis_names_its_neighbour():
     with pytest.raises(InputError, match=r"'embeds'.* has no rule; did you mean 'embed'"):
         ShardingRules().spec(("embeds",))
-
-
-def test_every_rule_is_one_that_flax_takes():
-    with nnx.logical_axis_rules(ShardingRules().items()):
-        pass
 
 
 def test_axes_must_cover_the_shape():

@@ -67,7 +67,7 @@ def test_the_input_in_the_side_car_of_a_run_is_found_in_the_run(side_car, mode, 
 def test_given_frames_off_the_grid_are_named(count, remedy):
     choice = chosen(run="a", mode="extend", video="x.mp4", given_frames=count)
     with pytest.raises(InputError, match=rf"^given_frames={count} is not 1 \+ 4k.*use {remedy}$"):
-        modes.request(choice, DEFAULTS, stride=4)
+        modes.request(choice, DEFAULTS, stride=4, grid=8)
 
 
 def test_given_frames_on_the_grid_are_given(tmp_path):
@@ -76,7 +76,7 @@ def test_given_frames_on_the_grid_are_given(tmp_path):
     video.write_video(path, frames, 8)
     for count in (1, 5, 9):
         choice = chosen(run="a", mode="extend", video=str(path), given_frames=count)
-        request, before = modes.request(choice, DEFAULTS, stride=4)
+        request, before = modes.request(choice, DEFAULTS, stride=4, grid=8)
         assert (len(request.given_THWC), len(before)) == (count, 12 - count)
 
 

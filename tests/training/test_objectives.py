@@ -70,7 +70,9 @@ def graph_of(says: str) -> nnx.GraphDef:
 def loss_and_gradient(says, x0_BLP, pack, key):
     prediction = "velocity" if says == "velocity" else "x0"
     loss = objectives.bind(objectives.dit_loss, graph_of(says), prediction, TIMES, LOSS)
-    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)({"x0": x0_BLP}, pack, key)
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+        {"x0": x0_BLP}, pack, key, 0
+    )
     return value, metrics, gradient["x0"]
 
 
@@ -166,90 +168,3 @@ def test_error_at_a_time_has_all_generated_tokens_at_it_and_given_ones_clean(pac
     assert errors[0] == errors[1] / 4  # the same noise, halved
     count = generated(pack).sum() * P
     assert abs(errors[1] / count - 1.0) < 4 * (2 / count) ** 0.5
-
-
-VAE_LOSS = objectives.VAELoss(
-    square_weight=10.0,
-    gradient_weight=0.5,
-    kl_weight=1e-3,
-    foreground_weight=4.0,
-    foreground_scale=0.5,
-)
-
-
-def ball(row: int) -> np.ndarray:
-    """A small bright square on a dark background, float [1, 3, 16, 16, 3] in [-1, 1]."""
-    video = np.full((1, 3, 16, 16, 3), -0.8, np.float32)
-    video[:, :, row : row + 2, 4:6] = 0.9
-    return video
-
-
-def test_foreground_weighs_small_things_like_the_large_background():
-    weight = np.asarray(objectives.foreground(ball(3), VAE_LOSS))
-    assert weight.shape == (1, 3, 16, 16, 1)
-    thing = ball(3)[..., :1] > 0
-    np.testing.assert_allclose(weight[thing], 5.0)  # 1 + f: farther than s from the mean
-    # Four pixels of 256 move the mean by 1.7 * 4 / 256 = 0.027, a twentieth of s.
-    assert (weight[~thing] < 1.25).all() and (weight[~thing] >= 1.0).all()
-
-
-def test_foreground_of_a_plain_clip_is_1_whatever_stands_beside_it():
-    plain = np.full_like(ball(3), 0.3)
-    both = objectives.foreground(np.concatenate([plain, ball(3)]), VAE_LOSS)
-    # A float32 mean of 768 numbers is off by up to 1e-5, here times f / s = 8.
-    np.testing.assert_allclose(both[0], 1.0, atol=1e-4)
-    np.testing.assert_allclose(both[1:], objectives.foreground(ball(3), VAE_LOSS), atol=1e-4)
-
-
-def test_pixels_run_from_minus_1_to_1():
-    found = objectives.pixels(np.array([0, 255], np.uint8))
-    assert found.dtype == jnp.float32 and found.tolist() == [-1.0, 1.0]
-
-
-class Autoencoder(nnx.Module):
-    """Latents are pixels; `error` is what reconstruction adds, `log_variance` that of all."""
-
-    def __init__(self, error: float, log_variance: float):
-        self.error = nnx.Param(jnp.full((1, 1, 1, 1, 3), error))
-        self.log_variance = log_variance
-
-    def posterior(self, video):
-        return video, jnp.full_like(video, self.log_variance)
-
-    def reconstruct(self, z):
-        return z + self.error[...]
-
-
-def vae_loss(error: float, log_variance: float):
-    graph, params = nnx.split(Autoencoder(error, log_variance))
-    loss = objectives.bind(objectives.vae_loss, graph, VAE_LOSS)
-    video = np.round((ball(3) + 1) * 127.5).astype(np.uint8)
-    found, metrics = jit(loss)(nnx.to_pure_dict(params), {"video_BTHWC": video}, KEY)
-    return float(found), {name: float(value) for name, value in metrics.items()}
-
-
-def test_a_perfect_autoencoder_pays_for_its_code_alone():
-    loss, metrics = vae_loss(0.0, -200.0)
-    assert metrics["l1"] == metrics["l2"] == metrics["gradient_l1"] == 0.0
-    mean_square = np.mean(np.square(np.round((ball(3) + 1) * 127.5) / 127.5 - 1))
-    # KL of N(m, e^-200) to N(0, 1) is (m^2 + 0 - 1 + 200) / 2; a float32 sum of 2304 of them.
-    assert metrics["kl"] == pytest.approx(0.5 * (mean_square + 199.0), rel=1e-4)
-    assert loss == pytest.approx(1e-3 * metrics["kl"], rel=1e-5)
-
-
-def test_an_even_error_costs_by_its_weight_and_has_no_gradient():
-    loss, metrics = vae_loss(0.1, -200.0)
-    video = np.round((ball(3) + 1) * 127.5).astype(np.float32) / np.float32(127.5) - 1
-    weight = float(np.mean(objectives.foreground(video, VAE_LOSS)))
-    assert metrics["l1"] == pytest.approx(0.1 * weight, rel=1e-4)
-    assert metrics["l2"] == pytest.approx(0.01 * weight, rel=1e-4)
-    assert metrics["gradient_l1"] < 1e-6  # roundings of values around 1
-    assert metrics["psnr_db"] == pytest.approx(20 * np.log10(2 / 0.1), rel=1e-4)
-    parts = metrics["l1"] + 10 * metrics["l2"] + 0.5 * metrics["gradient_l1"]
-    assert loss == pytest.approx(parts + 1e-3 * metrics["kl"], rel=1e-5)
-
-
-def test_latents_are_sampled_from_the_posterior():
-    _, metrics = vae_loss(0.0, np.log(0.04))
-    # The error is noise of deviation 0.2: PSNR 20 dB. 2304 samples: 4 * sqrt(2 / 2304) of power.
-    assert metrics["psnr_db"] == pytest.approx(20.0, abs=0.6)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from vidsim import trees
-from vidsim.models import dit, vae
+from vidsim.models import discriminator, dit, vae
 from vidsim.text import encoder
 from vidsim.training import optimizer, state
 
@@ -95,6 +96,41 @@ def test_hidden_matrices_of_the_autoencoder_are_convolutions(vae_params):
     for name, numbers in found.items():
         assert leaves[name].ndim == 5
         assert (numbers.reduction_axis, numbers.output_axis) == ((0, 1, 2, 3), (4,))
+
+
+@pytest.fixture(scope="module")
+def judges():
+    config = discriminator.Config(channels=(4, 8), dtype="float32")
+    return state.abstract_params(
+        lambda rngs: nnx.Dict(discriminator=discriminator.Discriminator(config, rngs))
+    )
+
+
+def test_kernels_of_discriminators_are_hidden_matrices_without_decay(judges):
+    found, leaves = hidden(judges), trees.flatten(judges)
+    for name, leaf in leaves.items():
+        assert (name in found) == (name.endswith("kernel") and "head" not in name)
+        assert leaf.ndim in (1, 5)
+    assert len(found) == 4
+    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), judges)
+    one = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), judges)
+    tx = optimizer.make(dataclasses.replace(CONFIG, weight_decay=0.5), 100)
+    updates, _ = jax.jit(tx.update)(zero, tx.init(one), one)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+    others = {"vae": one["discriminator"]}
+    updates, _ = jax.jit(tx.update)({"vae": zero["discriminator"]}, tx.init(others), others)
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(updates))
+
+
+def test_frozen_parameters_have_no_update_and_no_moments(vae_params):
+    frozen = ("encoder/",)
+    tx = optimizer.make(dataclasses.replace(CONFIG, weight_decay=0.5), 100, frozen)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), vae_params)
+    opt_state = tx.init(params)
+    updates, _ = jax.jit(tx.update)(params, opt_state, params)
+    for name, leaf in trees.flatten(updates).items():
+        assert np.any(leaf) == (not name.startswith(frozen)), name
+    assert not any("encoder" in name for name in trees.flatten(opt_state))
 
 
 def test_an_update_of_a_hidden_matrix_is_orthogonal_and_a_stack_is_its_layers():

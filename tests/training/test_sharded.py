@@ -7,22 +7,22 @@ import pytest
 # Prints a JSON line: of each mesh the losses, the root mean square difference of the parameters and
 # of their average from those of one device, and into how many parts arrays are split.
 CODE = """
-    import json, sys
+    import json, runpy, sys
     import jax, numpy as np
-    from vidsim import config as configs
     from vidsim.stages import run as runs, training as trainings
     from vidsim.parallel import mesh as meshes, multihost
     from vidsim.parallel.sharding import ShardingRules
     from vidsim.training import optimizer, state, step
 
-    run = runs.open_folder(sys.argv[1])
+    config = json.loads(json.dumps(runpy.run_path(sys.argv[3])["get_config"]().to_dict()))
+    run = runs.Run(config, sys.argv[1])
     training = getattr(trainings, sys.argv[2] + "_training")(run)
     batches = training.batches(0)
     first = next(batches)
     same = lambda batch: jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, first)
     batches = [first, next(filter(same, batches))]
-    optim = configs.build(optimizer.Config, run.config[training.name]["optimizer"])
-    tx, rules = optimizer.make(optim, 6), ShardingRules()
+    optim = run.optimizers[training.name]
+    tx, rules = optimizer.make(optim, 6, training.frozen), ShardingRules()
 
     def train(mesh):
         shardings = state.shardings(training.make_model, tx, mesh, rules)
@@ -30,7 +30,8 @@ CODE = """
         start = jax.tree.map(np.array, now.params)
         spec = step.batch_sharding(mesh, rules).spec
         step_fn = step.make_step(
-            training.objective, tx, optim, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
+            training.objective, tx, optim, seed=0, mesh=mesh, rules=rules,
+            state_shardings=shardings, frozen=training.frozen,
         )
         losses = []
         for batch in batches:
@@ -41,31 +42,45 @@ CODE = """
     def difference(one, other):
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
         squares = [np.square(np.asarray(a, float) - np.asarray(b, float)).ravel() for a, b in pairs]
-        return float(np.sqrt(np.mean(np.concatenate(squares))))
+        return float(np.sqrt(np.mean(np.concatenate(squares or [[0.0]]))))
 
     def parts(tree):
         leaves = jax.tree.leaves(tree)
         return max(leaf.size // leaf.addressable_shards[0].data.size for leaf in leaves)
 
+    def judges(tree):
+        return tree.get("discriminator", {})
+
+    def others(tree):
+        return {name: part for name, part in tree.items() if name != "discriminator"}
+
     start, alone, losses = train(meshes.make(meshes.Config(), jax.devices()[:1]))
-    found = {"losses": losses, "moved": difference(alone.params, start), "meshes": {}}
+    found = {"losses": losses, "moved": difference(others(alone.params), others(start))}
+    found["judges_moved"] = difference(judges(alone.params), judges(start))
+    found["meshes"] = {}
     for name, sizes in {"fsdp": (1, 8), "both": (2, 4)}.items():
         _, now, losses = train(meshes.make(meshes.Config(*sizes)))
         found["meshes"][name] = {
             "losses": losses,
-            "params": difference(now.params, alone.params),
-            "ema": difference(now.ema, alone.ema),
+            "params": difference(others(now.params), others(alone.params)),
+            "ema": difference(others(now.ema), others(alone.ema)),
+            "judges": difference(judges(now.params), judges(alone.params)),
             "parts": [parts(now.params), parts(now.ema), parts(now.opt_state)],
         }
     print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("model", ["vae", "dit"])
-def test_sharded_equals_single_device(tiny, new_process, model):
+@pytest.mark.parametrize(
+    ("model", "experiment"),
+    [("vae", "tiny"), ("dit", "tiny"), ("vae", "tiny_full"), ("finish", "tiny_full")],
+)
+def test_sharded_equals_single_device(tiny, config, new_process, model, experiment):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     found = new_process(
-        "-c", textwrap.dedent(CODE), tiny.workdir, model, XLA_FLAGS=flags, JAX_PLATFORMS="cpu"
+        *("-c", textwrap.dedent(CODE), tiny.workdir, model, config.with_stem(experiment)),
+        XLA_FLAGS=flags,
+        JAX_PLATFORMS="cpu",
     ).summary
     for name, parts in {"fsdp": 8, "both": 4}.items():
         mesh = found["meshes"][name]
@@ -75,3 +90,7 @@ def test_sharded_equals_single_device(tiny, new_process, model):
         # mean over all parameters is what is bounded.
         assert mesh["losses"] == pytest.approx(found["losses"], rel=1e-6)
         assert max(mesh["params"], mesh["ema"]) < 2e-5 * found["moved"]
+        # The discriminators have 2000 parameters here, so the few whose gradient nearly cancels
+        # weigh more in their mean. Wrong gradients would differ by about as much as they moved.
+        assert mesh["judges"] <= 1e-3 * found["judges_moved"]
+    assert (found["judges_moved"] > 0) == (experiment == "tiny_full")

@@ -9,4 +9,4 @@ def define_flags() -> None:
 
 
 def main() -> dict:
-    return walk.do(experiment.open_run(), "encode")
+    return walk.do(experiment.open_run("encode"), "encode")

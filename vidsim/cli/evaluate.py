@@ -9,5 +9,5 @@ def define_flags() -> None:
 
 
 def main() -> dict:
-    run = experiment.open_run()
+    run = experiment.open_run("evaluate")
     return {**showing.evaluate(run), **showing.write_report(run)}

@@ -7,9 +7,14 @@ from ml_collections import config_flags
 
 from vidsim import compiling
 from vidsim.parallel import multihost
+from vidsim.stages import walk
 from vidsim.stages.run import Run
+from vidsim.third_party.lpips import weights as lpips
+from vidsim.third_party.wan_vae import weights as wan_vae
 
 FLAGS = flags.FLAGS
+# What reads the files of others that an experiment names.
+READERS = {"feature_network": lpips.load, "published": wan_vae.Weights}
 
 
 def define_flags() -> None:
@@ -24,12 +29,18 @@ def read_run() -> Run:
     """The experiment over what is in the work folder, which need not have begun with it."""
     # Tuples become lists, so that this config equals the one that is read back.
     config = json.loads(json.dumps(FLAGS.config.to_dict()))
-    return Run(config, FLAGS.workdir)
+    return Run(config, FLAGS.workdir, **READERS)
 
 
-def open_run() -> Run:
-    """Opens the work folder, for all processes of the run."""
+def open_run(stage: str | None = None) -> Run:
+    """Opens the work folder, for all processes of the run; for one stage alone if named."""
     run = read_run()
-    multihost.run_once(run.claim_folder, "config")
+
+    def claim():
+        if stage:
+            walk.check(run, stage)  # first: a folder that lacks something is not claimed
+        run.claim_folder()
+
+    multihost.run_once(claim, "config")
     compiling.cache_in(run.path("compiled"))
     return run

@@ -1,10 +1,12 @@
 """Writes weights, config, tokenizer and latent statistics of a run to a folder of safetensors."""
 
+import dataclasses
 import pathlib
 
 from absl import flags
 
 from vidsim import files
+from vidsim.cli import experiment
 from vidsim.errors import InputError
 from vidsim.export import models
 from vidsim.parallel import multihost
@@ -29,15 +31,17 @@ def _check_new() -> None:
 def main() -> dict:
     # Asked once: a slower process would see what a faster one has written.
     multihost.run_once(_check_new, "export/check")
-    run = run_folder.open_folder(FLAGS.run)
+    run = run_folder.open_folder(FLAGS.run, **experiment.READERS)
     # Every process loads, as Orbax wants; one of them writes.
     loaded = run_folder.load_models(run, FLAGS.weights)
 
     def work() -> dict:
+        trained = run_folder.trained_on(run)
         about = {
             "name": run.config["name"],
             "weights": FLAGS.weights,
             "sample": run.config["sample"],
+            "trained": trained and dataclasses.asdict(trained),
         }
         models.save(loaded, FLAGS.out, about=about)
         facts = files.read_json(pathlib.Path(FLAGS.out) / "model.json")

@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 
 from absl import flags
 from absl import logging as absl_logging
@@ -22,7 +23,7 @@ VERBS = {
     "worlds": "renders a captioned world as mp4 and png files",
     "prepare": "turns a folder of videos and images into shards",
     "plan": "tables the buckets and packs of a data set",
-    "train": "trains one model: tokenizer, vae or dit",
+    "train": "trains one model: tokenizer, vae, finish (its decoder) or dit",
     "encode": "writes the latent cache",
     "sample": "makes videos and images in every prompting mode",
     "evaluate": "measures a run and writes its report",
@@ -55,11 +56,13 @@ def parse(verb: str, arguments: list[str]):
         raise InputError(f"unknown verb {verb!r}; {remedy}")
     module = importlib.import_module(f"vidsim.cli.{verb}")
     module.define_flags()
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        name, equals, path = argument.partition("=")
-        path = path if equals else following
-        if name in ("--config", "-config") and path is not None and not os.path.isfile(path):
-            raise InputError(f"no config file {path}; give an experiment such as experiments/*.py")
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_flag = argument.startswith("-")
+        name, equals, value = argument.partition("=") if is_flag else (before, "=", argument)
+        if "=" in name or not name.startswith("-"):
+            raise unexpected(argument)  # which may be why a flag is missing: said before that
+        if name in ("--config", "-config") and equals and not os.path.isfile(value):
+            raise InputError(f"no config file {value}; give an experiment such as experiments/*.py")
     try:
         rest = flags.FLAGS([f"vidsim {verb}", *arguments])
     except (AttributeError, KeyError) as error:
@@ -72,22 +75,43 @@ def parse(verb: str, arguments: list[str]):
             "its file has them all"
         ) from error
     except (flags.Error, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(f"{reason}; `vidsim {verb} --help` lists the flags") from error
     if len(rest) > 1:
-        raise InputError(f"unexpected argument {rest[1]!r}; flags are --name=value")
+        raise unexpected(rest[1])
     for name in {"workdir", "out"} & set(flags.FLAGS):
-        check_place(name, flags.FLAGS[name].value)
+        check_place(name, flags.FLAGS[name].value, writes=verb != "plan")
     return module
 
 
-def check_place(name: str, value: str) -> None:
-    """Raises InputError where a file stands at the path of flag `name`, or on the way to it."""
-    for path in (pathlib.Path(value), *pathlib.Path(value).parents):
-        if os.path.exists(path):
-            if not os.path.isdir(path):
-                raise InputError(f"--{name}={value}: {path} is a file; choose another path")
-            return
+def unexpected(argument: str) -> InputError:
+    """The error of an argument that is no flag; it names the one that was most likely meant."""
+    names = ("run", "input", "workdir", "out")
+    names = ("config", *names) if argument.endswith(".py") else names
+    meant = next(name for name in names if name in flags.FLAGS)
+    return InputError(
+        f"unexpected argument {argument!r}; flags are --name=value, such as --{meant}={argument}"
+    )
+
+
+def check_place(name: str, value: str, *, writes: bool) -> None:
+    """Finds what stands against output at the path of flag `name`; leaves nothing there.
+
+    Raises:
+      InputError: a file stands there or on the way to it, or nothing can be written there.
+    """
+    path = pathlib.Path(value)
+    there = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not os.path.isdir(there):
+        raise InputError(f"--{name}={value}: {there} is a file; choose another path")
+    try:
+        if writes:
+            tempfile.TemporaryDirectory(dir=there).cleanup()
+    except OSError as error:
+        raise InputError(
+            f"--{name}={value}: nothing can be written in {there} ({error.strerror}); choose "
+            "another path"
+        ) from error
 
 
 def execute(arguments: list[str]) -> int:

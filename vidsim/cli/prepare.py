@@ -28,6 +28,10 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "max_seconds", _DEFAULTS["max_seconds"], "longer videos are cut into clips of this length"
     )
+    flags.DEFINE_integer(
+        "min_side", _DEFAULTS["min_side"], "pixels; what is smaller goes to quarantine"
+    )
+    flags.DEFINE_integer("records_per_shard", _DEFAULTS["records_per_shard"], "clips in a file")
     flags.DEFINE_bool(
         "shot_cuts", _DEFAULTS["shot_cuts"], "no clip holds two shots (needs vidsim[prepare])"
     )
@@ -52,6 +56,8 @@ def main() -> dict:
         out=FLAGS.out,
         validation_share=FLAGS.validation_share,
         max_seconds=FLAGS.max_seconds,
+        min_side=FLAGS.min_side,
+        records_per_shard=FLAGS.records_per_shard,
         shot_cuts=FLAGS.shot_cuts,
         filters=filters.Filters(**chosen) if FLAGS.filters else filters.OFF,
     )

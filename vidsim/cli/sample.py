@@ -5,10 +5,12 @@ Writes OUT.mp4 or OUT.png and OUT.json, which makes the same file again with --r
 
 import dataclasses
 import pathlib
+import sys
 
 from absl import flags
 
 from vidsim import compiling, config, files
+from vidsim.cli import experiment
 from vidsim.errors import InputError
 from vidsim.export import models as exported
 from vidsim.parallel import multihost
@@ -21,7 +23,7 @@ DIRECTIONS = ("forward",)
 
 def define_flags() -> None:
     flags.DEFINE_string("run", None, "Work folder of a run, or a folder that `export` wrote.")
-    flags.DEFINE_string("out", None, "File to write, without its ending.", required=True)
+    flags.DEFINE_string("out", None, "File to write; its ending may be left out.", required=True)
     flags.DEFINE_string("request", None, "Side-car of a sample to make again; flags override it.")
     flags.DEFINE_enum("mode", "text", ("text", "animate", "extend"), "Prompting mode.")
     flags.DEFINE_string("prompt", "", "What is to be seen; empty samples without guidance.")
@@ -48,8 +50,16 @@ def _flags() -> dict:
     return {name: FLAGS[name].value if FLAGS[name].present else None for name in names}
 
 
-def _load(folder: str, weights: str | None) -> tuple[generate.Models, modes.Config, str]:
-    """Models and sampling defaults of a run or of an exported folder, and which weights they are.
+@dataclasses.dataclass(frozen=True)
+class _Loaded:
+    models: generate.Models
+    defaults: modes.Config
+    weights: str
+    trained: modes.Trained | None  # None: nobody knows any more
+
+
+def _load(folder: str, weights: str | None) -> _Loaded:
+    """What to sample with, of a run or of an exported folder.
 
     Raises:
       InputError: neither a run nor an exported folder, or one of other weights.
@@ -62,24 +72,33 @@ def _load(folder: str, weights: str | None) -> tuple[generate.Models, modes.Conf
                 f"weights={weights}, but {folder} holds the {held} weights alone; "
                 f"use --weights={held}, or --run with the run that it was exported from"
             )
-        return exported.load(folder), config.build(modes.Config, about["sample"]), held
+        models, defaults = exported.load(folder), config.build(modes.Config, about["sample"])
+        trained = about["trained"] and config.build(modes.Trained, about["trained"])
+        return _Loaded(models, defaults, held, trained)
     weights = weights or "ema"
-    run = run_folder.open_folder(folder)
+    run = run_folder.open_folder(folder, **experiment.READERS)
     compiling.cache_in(run.path("compiled"))
-    return run_folder.load_models(run, weights), run.sample, weights
+    models = run_folder.load_models(run, weights)
+    return _Loaded(models, run.sample, weights, run_folder.trained_on(run))
 
 
 def main() -> dict:
     choice = modes.from_flags(_flags())
     # Every process loads, as Orbax wants; one of them samples and writes.
-    loaded, defaults, weights = _load(choice["run"], choice["weights"])
+    loaded = _load(choice["run"], choice["weights"])
+    models = loaded.models
 
     def work() -> dict:
-        request, before = modes.request(choice, defaults, stride=loaded.vae.compression[0])
-        generate.check(loaded, request)
-        car = {key: choice[key] for key in ("run", "image", "video")} | {"weights": weights}
-        modes.write(loaded, [request], [FLAGS.out], cars=[car], before=[before])
-        ending = ".png" if request.frames == 1 else ".mp4"
-        return {"out": FLAGS.out + ending, "prompt": request.prompt, "seed": request.seed}
+        stride, grid = models.vae.compression[0], models.stride
+        request, before = modes.request(choice, loaded.defaults, stride=stride, grid=grid)
+        generate.check(models, request)
+        stem = modes.without_ending(FLAGS.out, request)
+        if loaded.trained and (words := modes.far_beyond(models, request, loaded.trained)):
+            print(f"warning: {words}", file=sys.stderr)
+        car = {key: choice[key] for key in ("run", "image", "video")}
+        car["weights"] = loaded.weights
+        modes.write(models, [request], [stem], cars=[car], before=[before])
+        out = stem + modes.ending(request)
+        return {"out": out, "prompt": request.prompt, "seed": request.seed}
 
     return multihost.run_once(work, "sample")

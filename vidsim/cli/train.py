@@ -6,7 +6,7 @@ from vidsim.cli import experiment
 from vidsim.stages import walk
 
 FLAGS = flags.FLAGS
-MODELS = ("tokenizer", "vae", "dit")
+MODELS = ("tokenizer", "vae", "finish", "dit")
 
 
 def define_flags() -> None:
@@ -15,4 +15,4 @@ def define_flags() -> None:
 
 
 def main() -> dict:
-    return walk.do(experiment.open_run(), FLAGS.model)
+    return walk.do(experiment.open_run(FLAGS.model), FLAGS.model)

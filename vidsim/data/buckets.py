@@ -226,7 +226,7 @@ def shapes_of(
 
 
 def assign(index: Sequence[dict], split: str, shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """The records of `split` by shape. Clips that are shorter than all of their size are left out.
+    """The records of `split` by shape. Clips that are shorter than every shape are left out.
 
     Raises:
         InputError: no record of the split fits any shape.
@@ -234,14 +234,20 @@ def assign(index: Sequence[dict], split: str, shapes: Sequence[Shape]) -> dict[S
     lengths: dict[tuple[int, int], list[int]] = {}
     for frames, height, width in shapes:
         lengths.setdefault((width, height), []).append(frames)
+
+    @functools.cache
+    def reachable(frames: int) -> tuple[tuple[int, int], ...]:
+        """The sizes that have a bucket for a clip of so many frames."""
+        return tuple(sorted(size for size, counts in lengths.items() if min(counts) <= frames))
+
     members: dict[Shape, list[int]] = {}
     for record, row in enumerate(index):
         if row["split"] != split:
             continue
-        width, height = _size_for(row["width"], row["height"], tuple(sorted(lengths)))
-        fitting = [frames for frames in lengths[width, height] if frames <= row["frames"]]
-        if fitting:
-            members.setdefault((max(fitting), height, width), []).append(record)
+        if sizes := reachable(row["frames"]):
+            width, height = _size_for(row["width"], row["height"], sizes)
+            longest = max(n for n in lengths[width, height] if n <= row["frames"])
+            members.setdefault((longest, height, width), []).append(record)
     if not members:
         raise InputError(
             f"no {split} clip among {len(index)} has one of "

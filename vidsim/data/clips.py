@@ -7,10 +7,11 @@
 Nothing is encoded again: clips are packets copied from their files.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from vidsim.data import filters as filtering
 from vidsim.data import isolated, measures, packets, records, video
@@ -72,14 +73,31 @@ def examine(folder: pathlib.Path, file: str, config: Config) -> tuple[Finding, l
         return _examine(folder / file, file, config)
     except packets.DecodeError as error:
         reason = str(error)
+    except ImportError:  # what this machine lacks is no fault of the file
+        raise
     except Exception as error:  # one file that nobody foresaw must not stop the others
         reason = f"cannot be read: {type(error).__name__}: {error}"
     return Finding(file, "quarantined", reason=" ".join(reason.split())), []
 
 
 def _examine(path: pathlib.Path, file: str, config: Config) -> tuple[Finding, list[bytes]]:
-    info = video.probe(path)
-    isolated.beat()
+    shots, clips, strips = (), [], []
+    with video.opened(path) as (info, film):
+        isolated.beat()
+        _check(info, film, config)
+        if config.shot_cuts and film is not None:
+            shots = tuple(shot_cuts.find(path, info))
+        is_image = film is None and info.frames == 1
+        for piece in pieces(path, info, film, config, shots=shots):
+            seconds = 0.0 if is_image else piece.frames / info.fps
+            measured, strip = measures.measure(piece, info, seconds=seconds)
+            clips.append(Found(piece.first_frame, piece.frames, measured))
+            strips.append(strip)
+    kind = "image" if is_image else "video"
+    return Finding(file, kind, info=info, shots=shots, clips=tuple(clips)), strips
+
+
+def _check(info: video.VideoInfo, film: packets.Film | None, config: Config) -> None:
     if min(info.width, info.height) < config.min_side:
         raise packets.DecodeError(
             f"is {info.width}x{info.height}, smaller than min_side={config.min_side}"
@@ -88,36 +106,29 @@ def _examine(path: pathlib.Path, file: str, config: Config) -> tuple[Finding, li
         raise packets.DecodeError(
             f"begins at the negative time stamp {info.start:.3f} s; copy it into a new mp4"
         )
-    shots = ()
-    if config.shot_cuts and not info.is_image_file:
-        shots = tuple(shot_cuts.find(path, info))
-    is_image = info.is_image_file and info.frames == 1
-    clips, strips = [], []
-    for piece in pieces(path, info, config, shots=shots):
-        isolated.beat()
-        stored = video.probe(piece.data)
-        if (stored.width, stored.height) != (info.width, info.height):
-            raise packets.DecodeError("loses its rotation when cut; convert it to mp4")
-        seconds = 0.0 if is_image else piece.frames / info.fps
-        measured, strip = measures.measure(piece, info, seconds=seconds)
-        clips.append(Found(piece.first_frame, piece.frames, measured))
-        strips.append(strip)
-    kind = "image" if is_image else "video"
-    return Finding(file, kind, info=info, shots=shots, clips=tuple(clips)), strips
+    if film is None and info.duration > config.max_seconds:
+        raise packets.DecodeError(
+            f"is an animated image of {info.duration:.1f} s, longer than"
+            f" max_seconds={config.max_seconds:g}, which cannot be cut; convert it to mp4"
+        )
 
 
 def pieces(
     path: pathlib.Path,
     info: video.VideoInfo,
+    film: packets.Film | None,
     config: Config,
     *,
     shots: Sequence[int] = (),
-    only: Collection[int] | None = None,
+    only: Mapping[int, int] | None = None,
 ) -> Iterator[packets.Piece]:
-    """The parts of a file: images and short videos that cannot be copied are taken as they are."""
-    if not info.is_image_file:
+    """The parts of a file: images and short videos that cannot be copied are taken as they are.
+
+    With `only` those of these numbers, whose first frames are its values.
+    """
+    if film is not None:
         try:
-            yield from packets.cut(path, config.max_seconds, shots=shots, only=only)
+            yield from packets.cut(film, config.max_seconds, shots=shots, only=only)
             return
         except packets.DecodeError:
             if info.duration > config.max_seconds or shots:
@@ -216,13 +227,18 @@ def make_clips(
     """
     changed = InputError(f"{path} changed while it was prepared; leave it alone and start again")
     left = dict(rows)
+    only = {number: row["first_frame"] for number, row in rows.items()}
     try:
-        for piece in pieces(path, info, config, shots=shots, only=rows.keys()):
-            row = left.pop(piece.number, {})
-            if (piece.first_frame, piece.frames) != (row.get("first_frame"), row.get("frames")):
-                raise changed
-            captions = tuple((text, origin) for text, origin in row["captions"])
-            yield records.Clip(**{**row, "captions": captions}, data=piece.data)
+        with contextlib.ExitStack() as stack:
+            film = None
+            if not info.is_image_file:
+                film = stack.enter_context(packets.open_film(path))
+            for piece in pieces(path, info, film, config, shots=shots, only=only):
+                row = left.pop(piece.number, {})
+                if (piece.first_frame, piece.frames) != (row.get("first_frame"), row.get("frames")):
+                    raise changed
+                captions = tuple((text, origin) for text, origin in row["captions"])
+                yield records.Clip(**{**row, "captions": captions}, data=piece.data)
     except (packets.DecodeError, OSError) as error:
         raise changed from error
     if left:

@@ -100,7 +100,8 @@ def page(
     pictures: Mapping[str, str],
 ) -> str:
     """The page. `quarantine` are rows of quarantine.jsonl, `pictures` data: URIs by id of clip."""
-    files = len({*(fate.finding.file for fate in fates), *(row["file"] for row in quarantine)})
+    broken = (row["file"] for row in quarantine if "line" not in row)
+    files = len({*(fate.finding.file for fate in fates), *broken})
     rows = [row for fate in fates for row in fate.rows]
     kinds = {fate.finding.file: fate.finding.kind for fate in fates}
     videos = [row for row in rows if kinds[row["source"]] == "video"]

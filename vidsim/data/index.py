@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from vidsim import files
 
@@ -27,19 +29,23 @@ class Summary:
     hash: str
     datasets: dict[str, tuple[int, str]]  # name -> records, hash
     records: dict[str, str] | None  # id -> hash, where there are at most LISTED
+    draws: dict  # what else the order depends on, by name: weights, shares; those that are set
 
     def write(self, folder: str | os.PathLike) -> None:
         """Leaves it in `folder`, by its hash."""
         path = _path(folder, self.hash)
         if path.exists():
             return
-        text = json.dumps([self.datasets, self.records], ensure_ascii=False)
+        text = json.dumps([self.datasets, self.records, self.draws], ensure_ascii=False)
         with files.atomic_path(path) as temporary:
             temporary.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
-def summary(rows: list[dict], *, captions: bool) -> Summary:
-    """The summary of an index; `captions` where the order depends on their lengths, as in packs."""
+def summary(rows: list[dict], *, captions: bool, draws: Mapping = MappingProxyType({})) -> Summary:
+    """The summary of an index; `captions` where the order depends on their lengths, as in packs.
+
+    `draws` is what else it depends on, as JSON by name; what is 0 or empty counts as not there.
+    """
     keys = ("frames", "height", "width", "split", *(["captions"] if captions else []))
     whole, records = hashlib.sha256(), {}
     counts, hashes = collections.Counter(), {}
@@ -53,7 +59,11 @@ def summary(rows: list[dict], *, captions: bool) -> Summary:
         if len(records) <= LISTED:
             records[name] = hashlib.sha256(facts).hexdigest()[:8]
     datasets = {name: (counts[name], found.hexdigest()[:16]) for name, found in hashes.items()}
-    return Summary(whole.hexdigest()[:16], datasets, records if len(rows) <= LISTED else None)
+    draws = {name: value for name, value in sorted(draws.items()) if value}
+    if draws:
+        whole.update(json.dumps(draws, sort_keys=True).encode())
+    listed = records if len(rows) <= LISTED else None
+    return Summary(whole.hexdigest()[:16], datasets, listed, draws)
 
 
 def read_summary(folder: str | os.PathLike, hash: str) -> Summary | None:
@@ -61,8 +71,8 @@ def read_summary(folder: str | os.PathLike, hash: str) -> Summary | None:
     path = _path(folder, hash)
     if not path.is_file():
         return None
-    datasets, records = json.loads(gzip.decompress(path.read_bytes()))
-    return Summary(hash, {name: tuple(facts) for name, facts in datasets.items()}, records)
+    datasets, records, draws = json.loads(gzip.decompress(path.read_bytes()))
+    return Summary(hash, {name: tuple(facts) for name, facts in datasets.items()}, records, draws)
 
 
 def _path(folder: str | os.PathLike, hash: str) -> pathlib.Path:
@@ -81,7 +91,7 @@ class Change:
 
 def difference(before: Summary, now: Summary) -> Change:
     """What `now` has that `before` had not, and the reverse."""
-    parts, totals = _datasets(before, now), []
+    parts, totals = _draws(before, now) + _datasets(before, now), []
     if before.records is None or now.records is None:
         # Only the counts of data sets are known.
         names = {*before.datasets, *now.datasets}
@@ -103,6 +113,15 @@ def difference(before: Summary, now: Summary) -> Change:
                 plural = "s" if len(names) > 1 else ""
                 parts.append(f"{len(names)} record{plural} {what} ({named}{more})")
     return Change(*totals, "; ".join(parts) or "the same records in another order")
+
+
+def _draws(before: Summary, now: Summary) -> list[str]:
+    """What of the draws is other."""
+    return [
+        f"{name} {before.draws.get(name)} -> {now.draws.get(name)}"
+        for name in sorted({*before.draws, *now.draws})
+        if before.draws.get(name) != now.draws.get(name)
+    ]
 
 
 def _datasets(before: Summary, now: Summary) -> list[str]:

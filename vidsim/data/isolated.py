@@ -12,11 +12,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from multiprocessing.connection import Connection
 
 MEMORY_BYTES = 8 * 2**30
 _START = "import sys; from vidsim.data import isolated; isolated.serve(int(sys.argv[1]))"
+_BEAT_SECONDS = 1.0  # at most so often: a beat wakes the parent
 _parent: Connection | None = None
+_beaten = 0.0
 
 
 class Crashed(Exception):
@@ -41,16 +44,24 @@ class Child:
         """
         if self._process is None:
             self._start()
+        told = None
         try:
             self._connection.send((function, args))
-            while self._connection.poll(patience):
+            while told is None and self._connection.poll(patience):
                 kind, value = self._connection.recv()
                 if kind == "result":
                     return value
                 if kind == "error":
-                    raise value
+                    told = value
         except (EOFError, ConnectionError):
             raise Crashed(f"crashed the decoder ({self._ended()})") from None
+        except BaseException:
+            # Interrupted: the child must not answer the next call with the result of this one.
+            self._process.kill()
+            self._ended()
+            raise
+        if told is not None:
+            raise told
         self._process.kill()
         self._ended()
         raise Crashed(f"stalled the decoder: no progress for {patience:.0f} s")
@@ -102,8 +113,10 @@ def shared() -> Child:
 
 def beat() -> None:
     """Tells the parent that there is progress; does nothing in a process without one."""
-    if _parent is not None:
+    global _beaten
+    if _parent is not None and time.monotonic() - _beaten >= _BEAT_SECONDS:
         _parent.send(("beat", None))
+        _beaten = time.monotonic()
 
 
 def serve(descriptor: int) -> None:
@@ -115,7 +128,8 @@ def serve(descriptor: int) -> None:
     limit = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the parent decides when to end
     _parent = Connection(descriptor)
     try:
         _parent.send(("ready", None))

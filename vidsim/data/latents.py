@@ -116,9 +116,11 @@ def windows_of(index: list[dict], config: Config, stride: Stride) -> list[Window
             continue
         longest = 1 + (row["frames"] - 1) // stride.frames * stride.frames
         length = min(longest, config.max_frames)
-        starts = list(range(0, row["frames"] - length + 1, length))
-        if row["frames"] > config.max_frames and starts[-1] + length < row["frames"]:
-            starts.append(row["frames"] - length)
+        starts = [0]  # of a short clip, what it has beyond 1 + k stride.frames is left out
+        if row["frames"] > config.max_frames:
+            starts = list(range(0, row["frames"] - length + 1, length))
+            if starts[-1] + length < row["frames"]:
+                starts.append(row["frames"] - length)
         found += [Window(record, start, length, height, width, resized) for start in starts]
     return found
 

@@ -80,12 +80,19 @@ def read_captions(folder: pathlib.Path, media: list[str], ignored: list[str]) ->
             where = f"{path} line {number}"
             try:
                 row = json.loads(line.decode("utf-8"))
+                json.dumps(row, ensure_ascii=False).encode()
             except UnicodeDecodeError as error:
                 reason = f"is not UTF-8: byte 0x{line[error.start]:02x} at byte {error.start}"
-                bad.append({"file": listed, "line": number, "reason": reason})
+                bad.append({"file": shown(listed), "line": number, "reason": reason})
                 continue
-            except (json.JSONDecodeError, RecursionError) as error:
-                bad.append({"file": listed, "line": number, "reason": f"is not JSON: {error}"})
+            except UnicodeEncodeError:  # JSON can write it, and nothing else can
+                reason = "holds half of a character (a single surrogate)"
+                bad.append({"file": shown(listed), "line": number, "reason": reason})
+                continue
+            except (ValueError, RecursionError) as error:  # also numbers of thousands of digits
+                bad.append(
+                    {"file": shown(listed), "line": number, "reason": f"is not JSON: {error}"}
+                )
                 continue
             good += 1
             file, texts = _caption_row(row, where)

@@ -52,25 +52,29 @@ def measure(
     """Decodes every frame of a piece; returns its measures and a JPEG of the clip at 4 instants.
 
     Raises:
-        DecodeError: as `video.check`.
+        DecodeError: a frame is damaged or missing, or the piece lost its rotation.
     """
     looks = {piece.first_frame + (2 * i + 1) * piece.frames // (2 * _LOOKS) for i in range(_LOOKS)}
-    reformatter, last_time = VideoReformatter(), -_INTERVAL
+    upright = (info.width, info.height, info.rotation)
+    # One each: a reformatter starts anew whenever the size that it makes is another one.
+    small, grey, last_time = VideoReformatter(), VideoReformatter(), -_INTERVAL
     first_HW = last_HW = None
     samples = dark = moved = pairs = 0
     change, sharp, seen = 0.0, {}, {}
-    for number, time, frame in _frames(piece.data, info):
+    for number, time, frame in _frames(piece, info):
         isolated.beat()
+        if (*video.upright_size(frame), video.rotation(frame)) != upright:
+            raise packets.DecodeError("loses its rotation when cut; convert it to mp4")
         if not 0 <= number - piece.first_frame < piece.frames:
             continue
         due = time - last_time >= _INTERVAL - _SAME
         if not due and number not in looks:
             continue
-        small_HWC = _resized(frame, SIDE, SIDE, reformatter)
+        small_HWC = _resized(frame, SIDE, SIDE, small)
         luma_HW = _luma(small_HWC)
         if number in looks:
-            seen[number] = (small_HWC, luma_HW, _picture(frame, info.rotation, reformatter))
-            sharp[number] = _sharpness(frame, reformatter)
+            seen[number] = (small_HWC, luma_HW, _picture(frame, info.rotation))
+            sharp[number] = _sharpness(frame, grey)
         if not due:
             continue
         samples += 1
@@ -99,12 +103,16 @@ def measure(
     return measures, _strip([picture for _, _, picture in shown])
 
 
-def _frames(data: bytes, info: video.VideoInfo):
+def _frames(piece: packets.Piece, info: video.VideoInfo):
     """Yields (number, seconds, frame) of everything; raises where a frame is missing."""
-    if not info.is_image_file:
-        yield from video.walk(data)
+    if piece.film is not None:
+        yield from video.walk(piece.film)
         return
-    for number, image_HWC in enumerate(video.read_frames(data)):
+    if not info.is_image_file:
+        with packets.open_film(piece.data) as film:
+            yield from video.walk(film)
+        return
+    for number, image_HWC in enumerate(video.read_frames(piece.data)):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image_HWC), format="rgb24")
         yield number, number / info.fps, frame
 
@@ -129,16 +137,18 @@ def _largest_change(first_HW: np.ndarray, luma_HW: np.ndarray) -> float:
 def _sharpness(frame, reformatter) -> float:
     scale = min(fractions.Fraction(1), fractions.Fraction(_SHORT_SIDE, _short(frame)))
     width, height = (max(3, int(side * scale)) for side in (frame.width, frame.height))
-    grey_HW = _resized(frame, width, height, reformatter, format="gray").astype(np.int32)
+    grey_HW = _resized(frame, width, height, reformatter, format="gray").astype(np.int16)
     laplacian_HW = (
         grey_HW[:-2, 1:-1]
         + grey_HW[2:, 1:-1]
         + grey_HW[1:-1, :-2]
         + grey_HW[1:-1, 2:]
         - 4 * grey_HW[1:-1, 1:-1]
-    ).astype(np.int64)
-    count, total = laplacian_HW.size, int(laplacian_HW.sum())
-    return (count * int((laplacian_HW**2).sum()) - total**2) / count**2
+    )
+    # At most 1020 each, so that a square fits 32 bits.
+    count, total = laplacian_HW.size, int(laplacian_HW.sum(dtype=np.int64))
+    squares_HW = np.square(laplacian_HW, dtype=np.int32)
+    return (count * int(squares_HW.sum(dtype=np.int64)) - total**2) / count**2
 
 
 def _short(frame) -> int:
@@ -166,10 +176,10 @@ def _colours(small_HWC: np.ndarray) -> bytes:
     return (parts // (SIDE // 4) ** 2).astype(np.uint8).tobytes()
 
 
-def _picture(frame, rotation: int, reformatter) -> Image.Image:
+def _picture(frame, rotation: int) -> Image.Image:
     scale = min(1.0, max(_STRIP) / max(frame.width, frame.height))
     width, height = (max(1, round(side * scale)) for side in (frame.width, frame.height))
-    image_HWC = _resized(frame, width, height, reformatter)
+    image_HWC = _resized(frame, width, height, VideoReformatter())
     image = Image.fromarray(np.ascontiguousarray(np.rot90(image_HWC, k=rotation // 90)))
     image.thumbnail(_STRIP)
     # Enlarged by whole factors, so that every pixel stays a square.

@@ -30,7 +30,8 @@ class Mixture:
     """`mixture[position]` is (sample, epoch of its group), for any position from 0 on.
 
     Raises:
-        InputError: no group, an empty group, or a weight that is not positive.
+        InputError: no group, or more than draws in a block, an empty group, or a weight that is not
+            positive.
     """
 
     def __init__(self, groups: Sequence[Group], *, seed: int):
@@ -38,6 +39,11 @@ class Mixture:
         self.seed = seed
         if not self.groups:
             raise InputError("a mixture of no groups; give at least one source with samples")
+        if len(self.groups) > BLOCK:
+            raise InputError(
+                f"a mixture of {len(self.groups)} groups, but a block of draws has {BLOCK}; join "
+                "some sources"
+            )
         for group in self.groups:
             if not group.samples:
                 raise InputError(f"{group.name} holds no samples; remove it from the mixture")

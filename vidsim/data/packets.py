@@ -10,11 +10,12 @@ import collections
 import contextlib
 import dataclasses
 import fractions
+import functools
 import io
 import itertools
 import os
 import pathlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import av
 import numpy as np
@@ -24,6 +25,8 @@ Source = str | os.PathLike | bytes
 _TEXT_ART_CODECS = ("ansi", "bintext", "xbin", "idf")
 # Matroska rounds time stamps to milliseconds: closer than this, two instants (in seconds) are one.
 SAME_TIME = 1.5e-3
+# The packets of smaller files are held, so that nothing is read twice.
+_HELD_BYTES = 16_000_000
 # What mp4 holds and PyAV's wheels mux; everything else goes to Matroska.
 _MP4_CODECS = ("h264", "hevc", "av1", "vp9", "mpeg4")
 
@@ -64,8 +67,40 @@ class Track:
         """The last key packet shown no later than `frame`: decoding from there reaches it."""
         if self.by_order:
             return self.keys[0]
-        pts = self.pts[self.packet_of[frame]]
-        return max(key for key in self.keys if self.pts[key] <= pts)
+        number = bisect.bisect_right(self._key_stamps, self.pts[self.packet_of[frame]])
+        return self._latest_keys[number - 1]
+
+    @functools.cached_property
+    def _key_stamps(self) -> list[int]:
+        return sorted(self.pts[key] for key in self.keys)
+
+    @functools.cached_property
+    def _latest_keys(self) -> list[int]:
+        """Of the key packets shown no later than each key's time stamp, the last that is stored."""
+        by_stamp = sorted(self.keys, key=self.pts.__getitem__)
+        return list(itertools.accumulate(by_stamp, max))
+
+
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """An open video that was scanned."""
+
+    source: Source = dataclasses.field(repr=False)
+    stream: av.VideoStream
+    track: Track
+    _held: list[av.Packet] | None = dataclasses.field(repr=False)
+
+    @contextlib.contextmanager
+    def packets(self, first: int = 0):
+        """Yields an iterator over the packets from number `first` on, which `stream` decodes.
+
+        They are held where the file is small; otherwise it is read again, and none is.
+        """
+        if self._held is not None:
+            yield itertools.islice(self._held, first, None)
+            return
+        with open_video(self.source) as (container, stream):
+            yield itertools.islice(video_packets(container, stream), first, None)
 
 
 @contextlib.contextmanager
@@ -108,6 +143,24 @@ def open_file(source: Source):
         return path.open("rb")
     except OSError as error:
         raise DecodeError(f"cannot be opened: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def open_film(source: Source) -> Iterator[Film]:
+    """Opens and scans a video. To open one is to decode its first frames, as FFmpeg does it.
+
+    Raises:
+        DecodeError: as `open_video` and `scan`.
+    """
+    with open_video(source) as (container, stream):
+        held = [] if _size(source) <= _HELD_BYTES else None
+        yield Film(source, stream, scan(container, stream, held), held)
+
+
+def _size(source: Source) -> int:
+    if isinstance(source, bytes | bytearray | memoryview):
+        return len(source)
+    return os.stat(source).st_size
 
 
 def codec_name(stream) -> str:
@@ -223,20 +276,22 @@ class Piece:
     first_frame: int
     frames: int
     number: int = 0  # among the pieces of its file
+    # The data opened, where they are, until the next piece is cut.
+    film: Film | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
 def cut(
-    source: Source,
+    film: Film,
     max_seconds: float,
     *,
     shots: Sequence[int] = (),
-    only: Collection[int] | None = None,
+    only: Mapping[int, int] | None = None,
     max_lead_seconds: float = 60.0,
 ) -> Iterator[Piece]:
     """Copies the video packets, without sound, into pieces of at most `max_seconds`.
 
-    With `only`, just the pieces of these numbers. No piece holds frames of two shots; a new one
-    begins at each frame in `shots`.
+    With `only`, just the pieces of these numbers, whose first frames, its values, are not looked
+    for again. No piece holds frames of two shots; a new one begins at each frame in `shots`.
 
     Nothing is encoded again. A piece ends at the last key frame in the second half of its time, or
     after `max_seconds` when there is none; then the next one begins with the packets from the key
@@ -247,8 +302,7 @@ def cut(
         DecodeError: also when the packets cannot be copied without loss, or when more than
             `max_lead_seconds` would have to be decoded before a piece.
     """
-    with open_video(source) as (container, stream):
-        track = scan(container, stream)
+    track = film.track
     if track.by_order:
         raise DecodeError("holds no time stamps to cut by; convert it to mp4")
     parts = list(itertools.pairwise(_edges(track, max_seconds, shots)))
@@ -262,8 +316,8 @@ def cut(
                 f"has no key frame for {lead:.0f} s, which is more than {max_lead_seconds:.0f} s;"
                 " encode it with a key frame every few seconds"
             )
-    with open_video(source) as (container, stream):
-        incoming = enumerate(video_packets(container, stream))
+    with film.packets() as stored:
+        incoming = enumerate(stored)
         window = collections.deque()
         for number, ((begin, end), (a, b)) in enumerate(zip(spans, parts, strict=True)):
             if only is not None and number not in only:
@@ -271,11 +325,17 @@ def cut(
             while window and window[0][0] < begin:
                 window.popleft()
             while not window or window[-1][0] < end - 1:
-                item = next(incoming)
+                item = next(incoming, None)
+                if item is None:
+                    raise DecodeError("breaks off: it got shorter while it was read")
                 if item[0] >= begin:
                     window.append(item)
-            data = _remux(stream, track, [item for item in window if item[0] < end])
-            yield Piece(data, _find(data, track, begin, a, b), b - a, number)
+            data = _remux(film.stream, track, [item for item in window if item[0] < end])
+            if only is not None:
+                yield Piece(data, only[number], b - a, number)
+                continue
+            with open_film(data) as copy:
+                yield Piece(data, _find(copy.track, track, begin, a, b), b - a, number, copy)
 
 
 def _edges(track: Track, max_seconds: float, shots: Sequence[int]) -> list[int]:
@@ -321,10 +381,8 @@ def _remux(stream, track: Track, numbered_packets: list[tuple[int, av.Packet]]) 
     return file.getvalue()
 
 
-def _find(data: bytes, track: Track, begin: int, a: int, b: int) -> int:
-    """The number of frame `a` in `data`, which starts at packet `begin` and must hold a to b."""
-    with open_video(data) as (container, stream):
-        found = scan(container, stream)
+def _find(found: Track, track: Track, begin: int, a: int, b: int) -> int:
+    """The number of frame `a` in a copy, which starts at packet `begin` and must hold a to b."""
     zero = track.pts[begin] - track.pts[track.packet_of[0]]
     wanted = track.times[a:b] - float(zero * track.time_base)
     # The first frame that is shown need not be the first packet: an edit list may hide some.

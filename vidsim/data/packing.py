@@ -33,7 +33,7 @@ import numpy as np
 
 from vidsim.data.mixture import BLOCK as DRAWS
 from vidsim.data.mixture import Mixture
-from vidsim.data.rows import Samples, arrange, rows_needed
+from vidsim.data.rows import Samples, arrange, cost, rows_needed
 from vidsim.errors import InputError
 
 LEAST_STEPS = 128  # of a block
@@ -83,6 +83,34 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a step holds."""
+
+    tokens: int  # valid ones
+    image_tokens: int  # those of images, with their captions
+    costs_B: np.ndarray  # of each row, see `data/rows.py`
+
+    @property
+    def cost_spread(self) -> float:
+        """Cost of the dearest row, for which the others wait, over the mean."""
+        return float(self.costs_B.max() / self.costs_B.mean())
+
+
+def facts(step: Step, samples: Samples, width: int) -> Facts:
+    """What a step of a plan over `samples` holds, for a model of `width`."""
+    pieces = [piece for row in step.rows for piece in row]
+    row_P = np.repeat(np.arange(len(step.rows)), [len(row) for row in step.rows])
+    sample_P = np.array([piece.sample for piece in pieces])
+    latents_P = np.array([piece.latents for piece in pieces])
+    tokens_P = latents_P * samples.latent_tokens[sample_P] + samples.text_tokens[sample_P]
+    return Facts(
+        tokens=int(tokens_P.sum()),
+        image_tokens=int(tokens_P[samples.latents[sample_P] == 1].sum()),
+        costs_B=np.bincount(row_P, cost(tokens_P, width), len(step.rows)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Segment:
     """One sample of a row, ready to be laid out."""
 
@@ -117,13 +145,17 @@ class Plan:
         quota: int | None = None,
     ):
         self.samples, self.mixture, self.config, self.width = samples, mixture, config, width
+        self._members = [np.array(group.samples) for group in mixture.groups]
         self._check()
         self._weights = self._weigh()
+        self._epochs = [int(self._weights[members].sum()) for members in self._members]
         self._prefix = functools.lru_cache(maxsize=4 * len(mixture.groups))(self._make_prefix)
         # Of a block of the mixture, on average.
         self._block_weight = sum(
-            draws * self._weights[np.array(group.samples)].mean()
-            for group, draws in zip(mixture.groups, mixture.draws, strict=True)
+            draws * epoch / len(members)
+            for members, epoch, draws in zip(
+                self._members, self._epochs, mixture.draws, strict=True
+            )
         )
         largest = int(self._weights[self._drawn()].max())
         self.block_steps = max(LEAST_STEPS, math.ceil(largest / config.tokens / LARGEST))
@@ -147,7 +179,7 @@ class Plan:
             return self._block(block)[offset]
 
     def _drawn(self) -> np.ndarray:
-        return np.unique(np.concatenate([group.samples for group in self.mixture.groups]))
+        return np.unique(np.concatenate(self._members))
 
     def _check(self) -> None:
         drawn = self._drawn()
@@ -170,8 +202,7 @@ class Plan:
         pieces, tokens = self.samples.pieces(length), self.samples.tokens(length)
         mains = np.where((pieces > 1) | (tokens * 2 > length), pieces, 0)
         expected = [0.0, 0.0]
-        for group, draws in zip(self.mixture.groups, self.mixture.draws, strict=True):
-            members = np.array(group.samples)
+        for members, draws in zip(self._members, self.mixture.draws, strict=True):
             expected[0] += draws * mains[members].mean() * length
             expected[1] += draws * tokens[members].mean()
         return mains * length if expected[0] > expected[1] else tokens
@@ -196,17 +227,15 @@ class Plan:
         return max(int(block * min(min(found) - spread - over, FULL)), 1)
 
     def _make_prefix(self, group: int, epoch: int) -> np.ndarray:
-        members = np.array(self.mixture.groups[group].samples)
+        members = self._members[group]
         return np.cumsum(self._weights[members[self.mixture.order(group, epoch)]])
 
     def _before(self, draws: int) -> int:
         """Weight of all draws before a number of them that is a multiple of the mixture's block."""
         total = 0
-        for number, (group, share) in enumerate(
-            zip(self.mixture.groups, self.mixture.draws, strict=True)
-        ):
-            epochs, rest = divmod(draws // DRAWS * share, len(group.samples))
-            total += epochs * int(self._weights[np.array(group.samples)].sum())
+        for number, share in enumerate(self.mixture.draws):
+            epochs, rest = divmod(draws // DRAWS * share, len(self._members[number]))
+            total += epochs * self._epochs[number]
             total += int(self._prefix(number, epochs)[rest - 1]) if rest else 0
         return total
 
@@ -246,9 +275,10 @@ class Plan:
                 break
         else:
             raise InputError(
-                f"samples {numbers.min()} to {numbers.max()} do not fit the {self.block_steps} "
-                f"steps of {self.config.rows} rows of block {block} of packs, or do not fill them; "
-                "use more pack.rows, or another pipeline.seed"
+                f"the {len(numbers)} samples of block {block} of packs do not fit its "
+                f"{self.block_steps} steps of {self.config.rows} rows, or do not fill them; use a "
+                "new --workdir with more pack.rows or another pipeline.seed, or go on here with "
+                "other weights of data.sources and data.on_change=restart_epoch"
             )
         samples, epochs = numbers.tolist(), epochs.tolist()
         return [

@@ -23,7 +23,7 @@ from vidsim.text.tokenizer import NULL, Tokenizer
 @dataclasses.dataclass(frozen=True)
 class Config:
     threads: int  # that read for this process
-    prefetch: int  # batches read ahead
+    prefetch: int  # batches that each thread, and each worker, reads ahead
     workers: int  # processes that read; 0 reads in this one
     seed: int
 

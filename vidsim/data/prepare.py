@@ -17,6 +17,8 @@ import functools
 import os
 import pathlib
 import shutil
+import socket
+import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 
 from vidsim.data import clips, engine, funnel, isolated, listing, measures, records, video
@@ -25,9 +27,10 @@ from vidsim.data.clips import Config, Fate, Finding
 from vidsim.errors import InputError
 from vidsim.files import read_json, read_jsonl, write_json, write_jsonl, write_text
 
-# A unit of examining is at most so many files and bytes: seconds of work, that several workers end
-# together; but of large inputs there are not more units than these, twice over.
-_UNIT_FILES, _UNIT_BYTES, _MANY_UNITS = 64, 4_000_000, 4096
+# A unit of examining is at most so many files and bytes, or one larger file: half a second of work
+# or more, so that several workers end together; but of large inputs there are not more units than
+# these, twice over.
+_UNIT_FILES, _UNIT_BYTES, _MANY_UNITS = 64, 10_000_000, 4096
 # A decoder that makes no step forward for so long hangs, on any machine; reading takes its time.
 _PATIENCE_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 10e6
 _TOTALS = ("clips", "images", "filtered", "quarantined")
@@ -45,24 +48,36 @@ def prepare(config: Config, *, on: engine.Engine = engine.HERE) -> dict:
             passes the filters, or when `config.out` holds something else.
     """
     looked = _look(config)
-    out = pathlib.Path(os.path.abspath(config.out))
+    # Where it lies, if it is a link: a folder can be renamed to an empty one, but not to a link.
+    out = pathlib.Path(config.out).resolve()
     work = out.with_name(f".{out.name}.work")
     if looked.done is not None:
         shutil.rmtree(work, ignore_errors=True)
         return looked.done
     # Workers may stand in another folder.
     config = dataclasses.replace(config, input=os.path.abspath(config.input), out=str(out))
-    with _held(work, looked.made_from), engine.started(on) as run:
-        findings = _examine(work, config, looked.media, run)
-        fates = clips.decide(findings, looked.captions.of, config)
-        _check_any_left(config, fates)
-        rows = [row for fate in fates for row in fate.rows]
-        shards = records.plan_shards([row["split"] for row in rows], config.records_per_shard)
-        _write(work, config, fates, shards, run)
-        totals = _complete(work, config, looked, fates, shards)
-        os.replace(work / "out", out)
-        shutil.rmtree(work)
-    return totals | {"out": looked.out}
+    # What only went wrong with the engine, or on a machine, leaves what was found so far.
+    with engine.started(on) as run, _held(work, looked.made_from):
+        done = _existing(out, looked.made_from)  # another process may have been at work until now
+        if done is None:
+            done = _prepare(work, config, looked, run)
+        shutil.rmtree(work, ignore_errors=True)
+    return done | {"out": looked.out}
+
+
+def _prepare(work: pathlib.Path, config: Config, looked: "_Looked", run: Callable) -> dict:
+    findings = _examine(work, config, looked.media, run)
+    fates = clips.decide(findings, looked.captions.of, config)
+    if not any(fate.rows for fate in fates):
+        shutil.rmtree(work)  # the same again would end the same
+        raise _none_left(config, fates)
+    rows = [row for fate in fates for row in fate.rows]
+    shards = records.plan_shards([row["split"] for row in rows], config.records_per_shard)
+    _write(work, config, fates, shards, run)
+    _check_unchanged(config, looked)
+    totals = _complete(work, config, looked, fates, shards)
+    os.replace(work / "out", config.out)
+    return totals
 
 
 def check_input(config: Config) -> None:
@@ -78,9 +93,10 @@ def check_input(config: Config) -> None:
 class _Looked:
     """What is known before anything is decoded."""
 
-    media: list[str]
+    found: list[str]
+    media: list[str]  # those of `found` whose names are text
+    unnamed: list[str]  # the others, as they can be shown
     ignored: list[str]
-    unnamed: list[str]  # files whose names are no text, as they can be shown
     captions: listing.Captions
     made_from: dict
     out: str
@@ -100,9 +116,10 @@ def _look(config: Config) -> _Looked:
         "files": listing.fingerprint(folder, found, ignored),
     }
     return _Looked(
+        found=found,
         media=media,
-        ignored=[listing.shown(file) for file in ignored],
         unnamed=[listing.shown(file) for file in found if listing.shown(file) != file],
+        ignored=ignored,
         captions=listing.read_captions(folder, media, ignored),
         made_from=made_from,
         out=config.out,
@@ -115,14 +132,29 @@ def _check_config(config: Config) -> None:
         raise InputError(f"{config.validation_share=} is not in [0, 1); give for instance 0.1")
     if not config.max_seconds > 0:
         raise InputError(f"{config.max_seconds=} is not positive; give seconds, for instance 10")
-    if config.records_per_shard < 1:
-        raise InputError(f"{config.records_per_shard=} is not positive; give for instance 256")
+    for name, default in (("records_per_shard", 256), ("min_side", 16)):
+        if (value := getattr(config, name)) < 1:
+            raise InputError(f"config.{name}={value} is not positive; give for instance {default}")
     if config.shot_cuts:
         shot_cuts.check_installed()
     folder, out = pathlib.Path(config.input).resolve(), pathlib.Path(config.out).resolve()
     if out == folder or folder in out.parents or out in folder.parents:
         raise InputError(
             f"out={config.out} and input={config.input} lie within each other; give another --out"
+        )
+    if out.is_mount():
+        raise InputError(
+            f"out={config.out} is where a disk is mounted, and the folder appears by its name when"
+            f" it is complete; give a folder in it, for instance --out={config.out}/shards"
+        )
+
+
+def _check_unchanged(config: Config, looked: _Looked) -> None:
+    now = listing.fingerprint(pathlib.Path(config.input), looked.found, looked.ignored)
+    if now != looked.made_from["files"]:
+        raise InputError(
+            f"files in {config.input} changed while they were prepared; leave them alone and start"
+            " again"
         )
 
 
@@ -143,7 +175,7 @@ def _existing(out: pathlib.Path, made_from: dict) -> dict | None:
 
 @contextlib.contextmanager
 def _held(work: pathlib.Path, made_from: dict) -> Iterator[None]:
-    """The work folder, for this process alone; emptied first when it is of other work."""
+    """The work folder, for this process alone; emptied first when it is of other work, aloud."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
         try:
@@ -153,30 +185,31 @@ def _held(work: pathlib.Path, made_from: dict) -> Iterator[None]:
                 f"another process is at work in {work}; wait until it ends, or stop it"
             ) from None
         note = work / "made_from.json"
-        if not note.exists() or read_json(note) != made_from:
+        try:
+            before = read_json(note)
+        except (FileNotFoundError, ValueError):
+            before = None
+        if before != made_from:
+            if before and any(path.name.startswith("findings-") for path in work.iterdir()):
+                what = "another config" if before["files"] == made_from["files"] else "other files"
+                print(f"prepare: unfinished work on {what} in {work} is removed", file=sys.stderr)
             for path in work.iterdir():
                 if path.name != "lock":
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(note, made_from)
-        try:
-            yield
-        except InputError:  # the same again would end the same
-            shutil.rmtree(work)
-            raise
+        yield
 
 
-def _check_any_left(config: Config, fates: Sequence[Fate]) -> None:
-    if any(fate.rows for fate in fates):
-        return
+def _none_left(config: Config, fates: Sequence[Fate]) -> InputError:
     good = [fate for fate in fates if fate.filtered]
     if not good:
         reasons = "; ".join(f"{fate.finding.file} {fate.finding.reason}" for fate in fates[:3])
-        raise InputError(
+        return InputError(
             f"none of the {len(fates)} files in {config.input} can be used: {reasons};"
             " give other files"
         )
     first = good[0].filtered[0]
-    raise InputError(
+    return InputError(
         f"filters drop all {sum(len(fate.filtered) for fate in good)} clips of {config.input}, for"
         f" instance {first['id']}: {first['filter']} of {first['value']:g} at a bound of"
         f" {first['bound']:g}; loosen the filters"
@@ -184,11 +217,6 @@ def _check_any_left(config: Config, fates: Sequence[Fate]) -> None:
 
 
 # Units
-
-
-def units(config: Config) -> list[dict]:
-    """The units of examining of `config`."""
-    return plan_units(pathlib.Path(config.input), _look(config).media)
 
 
 def plan_units(folder: pathlib.Path, media: Sequence[str]) -> list[dict]:
@@ -224,24 +252,47 @@ def _pictures_path(work: pathlib.Path, unit: dict) -> pathlib.Path:
 
 def _examine(work: pathlib.Path, config: Config, media: list[str], run: Callable) -> list[Finding]:
     units = plan_units(pathlib.Path(config.input), media)
-    todo = [unit for unit in units if not _findings_path(work, unit).exists()]
+    found = {unit["number"]: _findings(work, unit) for unit in units}
+    todo = [unit for unit in units if found[unit["number"]] is None]
     run(functools.partial(examine_unit, work, config), todo, desc="prepare: examine", unit="unit")
-    return [
-        Finding.from_json(row) for unit in units for row in read_jsonl(_findings_path(work, unit))
-    ]
+    found |= {unit["number"]: _findings(work, unit) for unit in todo}
+    lost = [number for number, findings in found.items() if findings is None]
+    if lost:
+        raise InputError(
+            f"workers left no findings of {len(lost)} of {len(units)} units in {work}; let it be"
+            " one folder, at the same path, on all machines of the cluster"
+        )
+    return [finding for findings in found.values() for finding in findings]
+
+
+def _findings(work: pathlib.Path, unit: dict) -> list[Finding] | None:
+    """What was found in the files of a unit; None when it is not there.
+
+    A machine that loses power can leave a file of that name that is empty or broken.
+    """
+    try:
+        found = [Finding.from_json(row) for row in read_jsonl(_findings_path(work, unit))]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    return found if [finding.file for finding in found] == unit["files"] else None
 
 
 def examine_unit(work: pathlib.Path, config: Config, unit: dict) -> int:
-    """Examines the files of a unit, each in the child process; leaves the findings in `work`."""
+    """Examines the files of a unit, each in the child process; leaves the findings in `work`.
+
+    Raises:
+        InputError: this machine lacks the input or a library, which is no fault of the files.
+    """
     folder, findings, pictures = pathlib.Path(config.input), [], []
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not there on {socket.gethostname()}; all machines of the cluster need it"
+            " at the same path"
+        )
+    if config.shot_cuts:
+        shot_cuts.check_installed()
     for file in unit["files"]:
-        patience = _PATIENCE_SECONDS + _size(folder / file) / _SLOW_BYTES_A_SECOND
-        try:
-            finding, strips = isolated.shared().call(
-                clips.examine, folder, file, config, patience=patience
-            )
-        except isolated.Crashed as error:
-            finding, strips = Finding(file, "quarantined", reason=str(error)), []
+        finding, strips = _examine_file(folder, file, config)
         findings.append(finding.to_json())
         for number, strip in enumerate(strips):
             uri = measures.data_uri(strip)
@@ -249,6 +300,21 @@ def examine_unit(work: pathlib.Path, config: Config, unit: dict) -> int:
     write_jsonl(_pictures_path(work, unit), pictures)
     write_jsonl(_findings_path(work, unit), findings)  # last: with it the unit is done
     return len(findings)
+
+
+def _examine_file(folder: pathlib.Path, file: str, config: Config) -> tuple[Finding, list[bytes]]:
+    patience = _PATIENCE_SECONDS + _size(folder / file) / _SLOW_BYTES_A_SECOND
+    # Twice, in two processes: one may have been killed for the memory that others took.
+    for _ in range(2):
+        try:
+            return isolated.shared().call(clips.examine, folder, file, config, patience=patience)
+        except isolated.Crashed as error:
+            reason = str(error)
+        except ImportError as error:
+            raise InputError(
+                f"{error} on {socket.gethostname()}; install the same vidsim on all machines"
+            ) from error
+    return Finding(file, "quarantined", reason=reason), []
 
 
 def _write(
@@ -262,7 +328,7 @@ def _write(
     made = [(fate.finding, number, row) for fate in fates for number, row in fate.by_number()]
     todo = []
     for shard in shards:
-        if (work / "out" / shard.name).exists():
+        if records.is_whole(work / "out" / shard.name, len(shard.records)):
             continue
         files: dict[str, dict] = {}
         for finding, number, row in (made[i] for i in shard.records):
@@ -319,7 +385,12 @@ def _complete(
     files = {fate.finding.file: fate.to_json() for fate in fates}
     files |= {row["file"]: {"fate": "quarantined", "reason": row["reason"]} for row in bad}
     for file in looked.ignored:
-        files[file] = {"fate": "captions" if listing.is_captions(file) else "ignored"}
+        fate = "captions" if listing.is_captions(file) else "ignored"
+        files[listing.shown(file)] = {"fate": fate}
+    seen = {*looked.media, *looked.unnamed, *map(listing.shown, looked.ignored)}
+    if files.keys() != seen:
+        wrong = sorted(files.keys() ^ seen)
+        raise RuntimeError(f"the accounts do not close: {len(wrong)} files, such as {wrong[0]}")
     for row in looked.captions.quarantined:
         told = {"line": row["line"], "reason": row["reason"]}
         files[row["file"]].setdefault("quarantined", []).append(told)

@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -73,7 +74,7 @@ class Shards:
                     " give the folder that `vidsim prepare --out` wrote"
                 )
         self.index: list[dict] = read_jsonl(self.path / "index.jsonl")
-        self._files = sorted(str(file) for file in self.path.glob("*.array_record*"))
+        self._files = sorted(map(str, self.path.glob("*.array_record*")), key=_natural)
         self._records = None
         _readers()
 
@@ -101,12 +102,16 @@ class Shards:
         captions = tuple((text, origin) for text, origin in row["captions"])
         return Clip(**{**row, "captions": captions}, data=feature["data"].bytes_list.value[0])
 
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_records": None}
+    def __getstate__(self) -> pathlib.Path:
+        return self.path
 
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
-        _readers()
+    def __setstate__(self, path: pathlib.Path) -> None:
+        self.__init__(path)
+
+
+def _natural(name: str) -> list:
+    """Numbers by their value: from 100,000 shards on their names are of different lengths."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 @functools.cache
@@ -147,21 +152,32 @@ def plan_shards(splits: Sequence[str], records_per_shard: int) -> list[Shard]:
 
 def write_shard(path: str | os.PathLike, clips: Iterable[Clip]) -> None:
     """Writes one shard, whole or not at all; same clips, same bytes, in every process."""
-    import tensorflow_datasets as tfds
     from array_record.python import array_record_module
 
-    features = _features()
-    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     with atomic_path(path) as temporary:
         # One record a group, for random access; encoded video does not compress.
         writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         try:
             for clip in clips:
-                example = serializer.get_tf_example(features.encode_example(_example(clip)))
                 # A protocol buffer's map has no order of its own.
-                writer.write(example.SerializeToString(deterministic=True))
+                writer.write(_example(clip).SerializeToString(deterministic=True))
         finally:
             writer.close()
+
+
+def is_whole(path: str | os.PathLike, count: int) -> bool:
+    """Whether a shard of so many records is there: a machine without power may cut one short."""
+    from array_record.python import array_record_module
+
+    if not os.path.exists(path):
+        return False
+    try:
+        reader = array_record_module.ArrayRecordReader(os.fspath(path))
+        whole = reader.ok() and reader.num_records() == count
+        reader.close()
+    except Exception:  # whatever the library raises of what is no such file
+        return False
+    return whole
 
 
 def write_index(folder: str | os.PathLike, shards: Sequence[Shard], rows: Sequence[dict]) -> None:
@@ -252,10 +268,20 @@ def _features():
     )
 
 
-def _example(clip: Clip) -> dict:
-    captions = [{"text": text, "origin": origin} for text, origin in clip.captions]
-    row = {key: value for key, value in index_row(clip).items() if key != "split"}
-    return {**row, "captions": captions, "data": clip.data}
+def _example(clip: Clip):
+    """The tf.train.Example of `_features`, as TFDS would make it but without a copy of the data."""
+    _, example_of = _readers()
+    example = example_of()
+    for name in ("id", "source"):
+        example.features.feature[name].bytes_list.value.append(getattr(clip, name).encode())
+    example.features.feature["data"].bytes_list.value.append(clip.data)
+    for name in ("first_frame", "width", "height", "frames", "rotation"):
+        example.features.feature[name].int64_list.value.append(getattr(clip, name))
+    example.features.feature["fps"].float_list.value.append(clip.fps)
+    for place, name in enumerate(("text", "origin")):
+        values = example.features.feature[f"captions/{name}"].bytes_list.value
+        values.extend(caption[place].encode() for caption in clip.captions)
+    return example
 
 
 def index_row(clip: Clip) -> dict:

@@ -31,16 +31,17 @@ def find(source: packets.Source, info: video.VideoInfo) -> list[int]:
     rate = fractions.Fraction(info.fps).limit_denominator(100_000)
     detector = AdaptiveDetector(min_scene_len=max(1, round(_SHORTEST * info.fps)))
     reformatter, cuts = VideoReformatter(), []
-    for number, _, frame in video.walk(source):
-        isolated.beat()
-        width = min(_WIDTH, frame.width)
-        small = reformatter.reformat(
-            frame,
-            width=width,
-            height=max(1, round(frame.height * width / frame.width)),
-            format="bgr24",
-            interpolation=measures.AREA,
-            threads=1,
-        )
-        cuts += detector.process_frame(FrameTimecode(number, rate), small.to_ndarray())
+    with packets.open_film(source) as film:
+        for number, _, frame in video.walk(film):
+            isolated.beat()
+            width = min(_WIDTH, frame.width)
+            small = reformatter.reformat(
+                frame,
+                width=width,
+                height=max(1, round(frame.height * width / frame.width)),
+                format="bgr24",
+                interpolation=measures.AREA,
+                threads=1,
+            )
+            cuts += detector.process_frame(FrameTimecode(number, rate), small.to_ndarray())
     return sorted({cut.frame_num for cut in cuts} - {0})

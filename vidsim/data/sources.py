@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from vidsim.data import packets, video
+from vidsim.data import packets
 from vidsim.data.mixture import Group
-from vidsim.data.records import Clip, Shards
+from vidsim.data.records import Clip, Shards, read_clip
 from vidsim.errors import InputError
 
 # Rates this close are the same: nothing is to be resampled, and mean rates are no surer.
@@ -49,21 +49,27 @@ class Joined:
     """
 
     def __init__(self, parts: Mapping[str, Shards]):
-        self.parts = tuple(parts.values())
+        self.parts = dict(parts)
         self.index: list[dict] = []
-        self._place: list[tuple[int, int]] = []
-        for number, (name, shards) in enumerate(parts.items()):
+        self._place: list[tuple[str, int]] = []
+        for name, shards in parts.items():
             for place, row in enumerate(shards.index):
                 told = f"{name}/{row['id']}" if len(parts) > 1 else row["id"]
                 self.index.append({**row, "id": told, "dataset": name})
-                self._place.append((number, place))
+                self._place.append((name, place))
+
+    def __getstate__(self) -> dict[str, Shards]:
+        return self.parts
+
+    def __setstate__(self, parts: dict[str, Shards]) -> None:
+        self.__init__(parts)
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, record: int) -> Clip:
-        number, place = self._place[record]
-        return self.parts[number][place]
+        name, place = self._place[record]
+        return self.parts[name][place]
 
 
 class Clips:
@@ -118,10 +124,9 @@ class Clips:
         return clip[start : start + frames]
 
     def _read(self, record, start, frames, height, width) -> np.ndarray:
-        clip = self.shards[record]
-        within, size = (clip.first_frame, clip.frames), (height, width)
+        clip, size = self.shards[record], (height, width)
         if self.index[record]["fps"] == self.shards.index[record]["fps"]:
-            return video.read_frames(clip.data, start=start, count=frames, within=within, size=size)
+            return read_clip(clip, start=start, count=frames, size=size)
         found = read_resampled(clip, start=start, count=frames, fps=self.fps, size=size)
         if len(found) < frames:
             # The index knows mean rates alone. Where those of a clip vary more than that, what it
@@ -132,15 +137,12 @@ class Clips:
 
 def read_resampled(clip: Clip, *, start: int, count: int, fps: float, size) -> np.ndarray:
     """Frames at the instants (start + k) / fps seconds of a clip; from its first where it ends."""
-    within = (clip.first_frame, clip.frames)
     try:
-        return video.read_frames(
-            clip.data, start=start, count=count, fps=fps, within=within, size=size
-        )
+        return read_clip(clip, start=start, count=count, fps=fps, size=size)
     except InputError:
         if not start:
             raise
-        return video.read_frames(clip.data, count=count, fps=fps, within=within, size=size)
+        return read_clip(clip, count=count, fps=fps, size=size)
 
 
 def resampled(row: dict, fps: float) -> dict:

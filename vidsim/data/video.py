@@ -6,10 +6,10 @@ frame. Videos are read by PyAV with one thread, images (png, jpg, webp, gif, ...
 T frames, H height, W width, C channels.
 """
 
+import contextlib
 import dataclasses
 import fractions
 import io
-import itertools
 import math
 import os
 import pathlib
@@ -60,26 +60,30 @@ def probe(source: Source) -> VideoInfo:
     Raises:
         DecodeError: with a one-line reason.
     """
+    with opened(source) as (info, _):
+        return info
+
+
+@contextlib.contextmanager
+def opened(source: Source) -> Iterator[tuple[VideoInfo, packets.Film | None]]:
+    """Yields what `probe` returns and the open video, None where it is an image file."""
     if (image := _open_image(source)) is not None:
         video_THWC, _, duration = _read_image(image)
         frames, height, width, _ = video_THWC.shape
         fps = frames / duration if duration else 1.0
         codec = f"image/{image.format.lower()}"
-        return VideoInfo(width, height, frames, fps, duration, 0, codec)
-    with packets.open_video(source) as (container, stream):
-        track = packets.scan(container, stream)
-    with packets.open_video(source) as (container, stream):
-        incoming = packets.video_packets(container, stream)
-        frame = next(packets.decode(stream, itertools.islice(incoming, track.keys[0], None)), None)
+        yield VideoInfo(width, height, frames, fps, duration, 0, codec), None
+        return
+    with packets.open_film(source) as film:
+        track = film.track
+        with film.packets(track.keys[0]) as stored:
+            frame = next(packets.decode(film.stream, stored), None)
         if frame is None:
             raise DecodeError("holds no frame that decodes")
-        rotation = _rotation(frame)
-        width, height = frame.width, frame.height
-        codec = packets.codec_name(stream)
-    if rotation % 180:
-        width, height = height, width
-    sizes = (width, height, track.frames, track.fps, track.duration)
-    return VideoInfo(*sizes, rotation, codec, track.start)
+        film.stream.codec_context.flush_buffers()  # large frames are not held meanwhile
+        sizes = (*upright_size(frame), track.frames, track.fps, track.duration)
+        codec = packets.codec_name(film.stream)
+        yield VideoInfo(*sizes, rotation(frame), codec, track.start), film
 
 
 def read_frames(
@@ -110,54 +114,39 @@ def read_frames(
     if (image := _open_image(source)) is not None:
         video_THWC, times, duration = _read_image(image, size)
         return video_THWC[_frame_numbers(times, duration, start, count, fps, within)]
-    with packets.open_video(source) as (container, stream):
-        kept = []
-        track = packets.scan(container, stream, kept)
+    with packets.open_film(source) as film:
+        track = film.track
         numbers = _frame_numbers(track.times, track.duration, start, count, fps, within)
         found = dict.fromkeys(numbers)
-        frames = packets.decode(stream, kept[track.key_before(numbers[0]) :])
-        fit_frame, stored = _Fitter(size), set()
-        for number, frame in packets.numbered(track, frames):
-            if number in found:
-                stored.add((frame.width, frame.height))
-                found[number] = fit_frame(frame)
-            if found[numbers[-1]] is not None:
-                break
+        fit_frame, sizes = _Fitter(size), set()
+        with film.packets(track.key_before(numbers[0])) as stored:
+            for number, frame in packets.numbered(track, packets.decode(film.stream, stored)):
+                if number in found:
+                    sizes.add((frame.width, frame.height))
+                    found[number] = fit_frame(frame)
+                if found[numbers[-1]] is not None:
+                    break
     missing = [number for number, image in found.items() if image is None]
     if missing:
         raise DecodeError(
             f"breaks off: frame {missing[0]} of {track.frames} declared frames does not decode"
         )
-    if len(stored) > 1:
+    if len(sizes) > 1:
         raise DecodeError("changes its frame size midway")
     return np.stack([found[number] for number in numbers])
 
 
-def check(source: Source) -> int:
-    """Decodes everything, keeps nothing, and returns the number of frames.
-
-    Raises:
-        DecodeError: when a declared frame is damaged or missing.
-    """
-    if (image := _open_image(source)) is not None:
-        return len(_read_image(image)[0])
-    return sum(1 for _ in walk(source))
-
-
-def walk(source: Source) -> Iterator[tuple[int, float, av.VideoFrame]]:
+def walk(film: packets.Film) -> Iterator[tuple[int, float, av.VideoFrame]]:
     """Decodes a video from its start: yields (number, seconds, frame) in the order of showing.
 
-    Frames are as the decoder gives them, not upright.
+    Frames are as the decoder gives them, not upright. A film is decoded once only.
 
     Raises:
         DecodeError: where a frame is damaged, and at the end when one is missing.
     """
-    with packets.open_video(source) as (container, stream):
-        kept = []
-        track = packets.scan(container, stream, kept)
-        decoded, sizes = set(), set()
-        frames = packets.decode(stream, kept[track.keys[0] :])
-        for number, frame in packets.numbered(track, frames):
+    track, decoded, sizes = film.track, set(), set()
+    with film.packets(track.keys[0]) as stored:
+        for number, frame in packets.numbered(track, packets.decode(film.stream, stored)):
             decoded.add(number)
             sizes.add((frame.width, frame.height))
             if len(sizes) > 1:
@@ -296,13 +285,20 @@ def _frame_numbers(times, duration, start, count, fps, within) -> list[int]:
     return [first + int(number) for number in numbers]
 
 
-def _rotation(frame: av.VideoFrame) -> int:
+def rotation(frame: av.VideoFrame) -> int:
+    """Degrees counterclockwise that make the frame upright."""
     return round(frame.rotation / 90) * 90
+
+
+def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """Width and height after rotation."""
+    sides = frame.width, frame.height
+    return sides[::-1] if rotation(frame) % 180 else sides
 
 
 def _upright(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
     rgb = reformatter.reformat(frame, format="rgb24", interpolation=_READING, threads=1)
-    return np.rot90(rgb.to_ndarray(), k=_rotation(frame) // 90)
+    return np.rot90(rgb.to_ndarray(), k=rotation(frame) // 90)
 
 
 class _Fitter:
@@ -317,7 +313,7 @@ class _Fitter:
         self._crops: dict[tuple, av.filter.Graph] = {}
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        turns = _rotation(frame) // 90
+        turns = rotation(frame) // 90
         H, W = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
         if self.size is None or self.size == (H, W):
             return _upright(frame, self.reformatter)

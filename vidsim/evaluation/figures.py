@@ -129,7 +129,7 @@ def bar_chart(values: dict[str, float], title: str, *, marked: str) -> str:
     axes = figure.add_subplot()
     colors = [BLUE if name == marked else GREY for name in values]
     bars = axes.barh(list(values), list(values.values()), color=colors, height=0.62)
-    axes.bar_label(bars, fmt="%.3g", padding=4)
+    axes.bar_label(bars, fmt="%#.3g", padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.grid(axis="y", visible=False)

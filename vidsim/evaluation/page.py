@@ -45,7 +45,7 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; font-size: .88rem; }
 .prompt small { display: block; color: var(--dim); font-size: .78rem; }
 .gallery { display: flex; flex-wrap: wrap; gap: .6rem 2rem; }
 .gallery > div { max-width: 100%; }
-.gallery .row { width: max-content; min-width: min(16rem, 100%); }
+.gallery .row { width: max-content; min-width: 16rem; max-width: 100%; }
 .gallery .prompt, figcaption { width: 0; min-width: 100%; }
 figure { margin: 0; flex: 0 1 auto; min-width: 0; }
 .scroll figure { flex: none; }
@@ -72,6 +72,7 @@ th, td { padding: .35rem .7rem; text-align: left; border-bottom: 1px solid var(-
 .numbers td, .numbers tr:first-child th:not(:first-child) { text-align: right; }
 .numbers tr:last-child { background: var(--tint); font-weight: 600; }
 .facts td { color: var(--dim); overflow-wrap: anywhere; }
+.facts td:not(:last-child) { text-align: right; white-space: nowrap; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--link); font-size: .88rem; }
 pre { background: var(--tint); padding: 1rem; overflow: auto; font: .78rem/1.45 ui-monospace,
   Menlo, Consolas, monospace; max-height: 32rem; }

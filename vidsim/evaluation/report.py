@@ -4,7 +4,6 @@ It reads only the run folder, so it can be written again at any time, and shows 
 """
 
 import base64
-import contextlib
 import datetime
 import html
 import json
@@ -12,6 +11,7 @@ import math
 import os
 import pathlib
 import string
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -19,6 +19,7 @@ from vidsim import files
 from vidsim.data import video
 from vidsim.errors import InputError
 from vidsim.evaluation import figures, page
+from vidsim.training import metrics
 
 _MEDIA = {".mp4": "video/mp4", ".png": "image/png"}
 _MODES = {
@@ -28,7 +29,7 @@ _MODES = {
     "extend": "A video, extended",
 }
 _CELL = 256  # pixels of the page: two pairs of clips stand in one line
-_STAGES = {"vae": "Video VAE", "dit": "Diffusion transformer"}
+_STAGES = {"vae": "Video VAE", "finish": "Video VAE, decoder alone", "dit": "Diffusion transformer"}
 
 
 def write(run_dir: str | os.PathLike, out_html: str | os.PathLike) -> pathlib.Path:
@@ -224,9 +225,10 @@ def _vae(run: pathlib.Path) -> str:
 def _curves(run: pathlib.Path) -> str:
     parts = []
     for stage, title in _STAGES.items():
+        if stage == "finish" and not (run / stage).exists():
+            continue
         parts.append(f"<h3>{title}</h3>")
-        path = run / stage / "metrics.jsonl"
-        charts = figures.training_curves(_metric_rows(path))
+        charts = figures.training_curves(metrics.rows_until(run / stage / "metrics.jsonl"))
         if not charts:
             parts.append(_missing(f"No curves yet: {stage}/metrics.jsonl holds no numbers."))
             continue
@@ -250,20 +252,13 @@ def _facts(run: pathlib.Path) -> str:
     config, stages = _json(run / "config.json"), _json(run / "stages.json")
     parts = []
     if stages:
-        total = sum(facts["seconds"] for facts in stages.values())
-        rows = {
-            name: " · ".join([_duration(facts["seconds"]), *_pairs_of(facts, without="seconds")])
-            for name, facts in stages.items()
-        }
-        parts.append("<h3>Time of each stage</h3>" + _table({**rows, "total": _duration(total)}))
+        rows = {name: _stage(facts) for name, facts in stages.items()}
+        rows["total"] = [_duration(sum(facts["seconds"] for facts in stages.values())), ""]
+        parts.append("<h3>Time of each stage</h3>" + _table(rows))
     else:
         parts.append(_missing("No times of stages: stages.json is not written."))
     if config:
-        top = {name: value for name, value in config.items() if not isinstance(value, dict)}
-        rows = {"run": " · ".join(_pairs_of(top))} if top else {}
-        for name, value in config.items():
-            if isinstance(value, dict):
-                rows[name] = " · ".join(_pairs_of(value))
+        rows = {name or "run": [text] for name, text in _sections(config)}
         parts.append("<h3>Configuration</h3>" + _table(rows))
     else:
         parts.append(_missing("No configuration: config.json is not written."))
@@ -274,20 +269,41 @@ def _facts(run: pathlib.Path) -> str:
     return "".join(parts)
 
 
-def _pairs_of(facts: dict, *, without: str = "") -> list[str]:
-    def short(value) -> str:
+def _stage(facts: dict) -> list[str]:
+    """How long a stage took and what it made; what is measured stands in sections of its own."""
+    made = _facts_of(facts["result"]) if facts["complete"] else "not complete"
+    return [_duration(facts["seconds"]), made]
+
+
+def _sections(config: dict, path: str = "") -> Iterator[tuple[str, str]]:
+    """The sections of a config and of its sections: where they are, and their own values."""
+    if own := _facts_of(config):
+        yield path, own
+    for name, value in config.items():
         if isinstance(value, dict):
-            return "{" + ", ".join(_pairs_of(value)) + "}"
+            yield from _sections(value, f"{path}.{name}" if path else name)
+
+
+def _facts_of(facts: dict) -> str:
+    """The values of a dict in one line, without the dicts in it."""
+
+    def short(value) -> str:
+        if isinstance(value, list):
+            return "[" + ", ".join(map(short, value)) + "]"
         if isinstance(value, float):
             return f"{value:.6g}"
         return f"{value:,}" if type(value) is int and value > 9999 else str(value)
 
-    return [f"{name} {short(value)}" for name, value in facts.items() if name != without]
+    pairs = (f"{k} {short(v)}" for k, v in facts.items() if not isinstance(v, dict) and v != "")
+    return " · ".join(pairs)
 
 
-def _table(rows: dict[str, str]) -> str:
-    cells = (f"<tr><th>{_text(k)}</th><td>{_text(v)}</td></tr>" for k, v in rows.items())
-    return f'<table class="facts">{"".join(cells)}</table>'
+def _table(rows: dict[str, list[str]]) -> str:
+    lines = []
+    for name, cells in rows.items():
+        found = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
+        lines.append(f"<tr><th>{_text(name)}</th>{found}</tr>")
+    return f'<table class="facts">{"".join(lines)}</table>'
 
 
 def _row(heading: str, cells: str, style: str = "") -> str:
@@ -301,11 +317,11 @@ def _prompt(facts: dict, about: list | None = None) -> str:
         frames = facts.get("frames")
         about = [f"seed {facts['seed']}" if "seed" in facts else None, size]
         if frames and frames > 1:
-            rate = f" at {_number(facts['fps'])} fps" if facts.get("fps") else ""
+            rate = f" at {facts['fps']:g} fps" if facts.get("fps") else ""
             about.append(f"{frames} frames{rate}")
         about.append(f"{facts['steps']} sampler steps" if facts.get("steps") else None)
         guidance = facts.get("guidance_scale")
-        about.append(f"guidance {_number(guidance)}" if guidance is not None else None)
+        about.append(f"guidance {guidance:g}" if guidance is not None else None)
     words = _text(facts["prompt"]) if facts.get("prompt") else "<i>no prompt</i>"
     about = _text(" · ".join(str(part) for part in about if part))
     return f'<div class="prompt">{words}<small>{about}</small></div>'
@@ -363,15 +379,6 @@ def _json(path: pathlib.Path) -> dict:
     return files.read_json(path) if path.is_file() else {}
 
 
-def _metric_rows(path: pathlib.Path) -> list[dict]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        # A run that still writes, or was killed while it wrote, may leave half a line.
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def _missing(text: str) -> str:
     return f'<p class="missing">{_text(text)}</p>'
 
@@ -387,11 +394,11 @@ def _is_number(value) -> bool:
 def _number(value: float | None, unit: str = "") -> str:
     if not _is_number(value):
         return "—"
-    return f"{value:.1f}{unit}" if abs(value) >= 10 else f"{value:.3g}{unit}"
+    return f"{value:.1f}{unit}" if abs(value) >= 10 else f"{value:#.3g}{unit}"
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.3g} s"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

@@ -23,22 +23,24 @@ from safetensors.numpy import load_file, save_file
 from vidsim import config, files, trees
 from vidsim.diffusion import time_sampling
 from vidsim.errors import InputError
-from vidsim.models import dit, vae
+from vidsim.models import dit, vae, wan_vae
+from vidsim.models.autoencoder import Grid, Statistics
 from vidsim.sampling.generate import Models
 from vidsim.text import encoder, tokenizer
 from vidsim.training import checkpoint
 
 WEIGHTS = ("ema", "params")
-FORMAT = 1
+FORMAT = 2
+AUTOENCODERS = {"vae": vae.Config, "wan_vae": wan_vae.Config}
 
 
-def patch_values(vae_config: vae.Config, dit_config: dit.Config) -> int:
+def patch_values(vae_config: Grid, dit_config: dit.Config) -> int:
     """Values of one token."""
     return dit_config.patch**2 * vae_config.latent_channels
 
 
-def abstract_vae(config: vae.Config):
-    return _abstract(lambda: vae.VAE(config, nnx.Rngs(0)))
+def abstract_vae(config: Grid):
+    return _abstract(lambda: config.make(nnx.Rngs(0)))
 
 
 def abstract_dit(config: dit.Config, text: encoder.Config, values: int):
@@ -62,6 +64,7 @@ def save(models: Models, folder: str | os.PathLike, *, about: dict) -> None:
         tokenizer.save(models.tokenizer, temporary / "tokenizer.model")
         facts = {
             "format": FORMAT,
+            "autoencoder": _kind(models.vae),
             "vae": dataclasses.asdict(models.vae),
             "dit": dataclasses.asdict(models.dit),
             "text": dataclasses.asdict(models.text),
@@ -87,7 +90,7 @@ def load(folder: str | os.PathLike) -> Models:
     facts = files.read_json(folder / "model.json")
     if facts["format"] != FORMAT:
         raise InputError(f"{folder} has format {facts['format']}, this version reads {FORMAT}")
-    vae_config = config.build(vae.Config, facts["vae"], where="vae")
+    vae_config = config.build(AUTOENCODERS[facts["autoencoder"]], facts["vae"], where="vae")
     dit_config = config.build(dit.Config, facts["dit"], where="dit")
     text = config.build(encoder.Config, facts["text"], where="text")
     arrays = load_file(folder / "vae.safetensors")
@@ -97,7 +100,7 @@ def load(folder: str | os.PathLike) -> Models:
     return Models(
         vae=vae_config,
         vae_params=_device(trees.unflatten(weights, abstract_vae(vae_config))),
-        statistics=vae.Statistics(
+        statistics=Statistics(
             jnp.asarray(arrays["statistics/mean_C"]), jnp.asarray(arrays["statistics/std_C"])
         ),
         dit=dit_config,
@@ -119,14 +122,23 @@ def restore(folder: str | os.PathLike, abstract, weights: str):
     return checkpoint.load_part(folder, weights, abstract)
 
 
-def statistics_from(path: str | os.PathLike) -> vae.Statistics:
+def restore_vae(folder: str | os.PathLike, config: Grid, weights: str):
+    """The autoencoder of a training stage, without what was trained beside it."""
+    return restore(folder, {"vae": abstract_vae(config)}, weights)["vae"]
+
+
+def statistics_from(path: str | os.PathLike) -> Statistics:
     """Latent statistics that the VAE's training left behind."""
     if not pathlib.Path(path).is_file():
-        raise InputError(f"no latent statistics at {path}; the VAE's training has not finished")
+        raise InputError(f"no latent statistics at {path}; finish `vidsim train --model=vae` first")
     saved = files.read_json(path)
-    return vae.Statistics(
+    return Statistics(
         jnp.asarray(saved["mean_C"], jnp.float32), jnp.asarray(saved["std_C"], jnp.float32)
     )
+
+
+def _kind(config: Grid) -> str:
+    return next(name for name, kind in AUTOENCODERS.items() if isinstance(config, kind))
 
 
 def _host(leaf) -> np.ndarray:

@@ -1,8 +1,17 @@
 """The causal 3-D convolution: frame t of the result sees frames up to t.
 
-A kernel of K time taps is written as the sum of K 2-D convolutions, one a tap: on a CPU about twice
-as fast, forward and backward, as XLA's 3-D convolution. The past before the first frame is the
-first frame repeated, so that a still clip stays still and an image equals a one-frame video.
+`conv3d` writes it in one of four ways, which are equal up to the order of sums, and picks the
+fastest for the platform:
+
+    native      one 3-D convolution
+    taps        the sum of 2-D convolutions, one a time tap
+    channels    one 2-D convolution of the frames under all time taps, beside each other in channels
+    im2col      one matrix product of all neighbourhoods
+
+On a CPU XLA's 3-D convolution takes 2 to 4 times as long as the one picked, with the gradient 2 to
+12 times (`python -m benchmarks.conv3d`). TPU and GPU have 3-D convolutions of their own.
+
+`conv3d` takes frames with their past; `CausalConv3d` takes the past from its `FeatureCache`.
 """
 
 # B batch, T frames, H height, W width, C channels in, D channels out
@@ -11,31 +20,107 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidsim.layers.feature_cache import FeatureCache
 from vidsim.layers.linear import matmul
 from vidsim.layers.parameter import parameter
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+FEW_CHANNELS = 16  # up to here one convolution of all taps' channels is the fastest on a CPU
 
 
-def causal_conv3d(x_BTHWC: jax.Array, kernel_THWCD: jax.Array) -> jax.Array:
-    """Convolves with stride 1: zero padding in space, the first frame repeated before time."""
+def conv3d(
+    x_BTHWC: jax.Array, kernel_THWCD: jax.Array, *, time_stride: int = 1, way: str | None = None
+) -> jax.Array:
+    """Convolves frames that already hold their past: zero padding in space, none in time.
+
+    T frames under K taps give 1 + (T - K) // time_stride frames.
+    """
+    return WAYS[way or fastest(jax.default_backend(), x_BTHWC.shape[-1])](
+        x_BTHWC, kernel_THWCD, time_stride
+    )
+
+
+def fastest(platform: str, in_channels: int) -> str:
+    """The way to convolve there: "cpu", "gpu" or "tpu"."""
+    if platform != "cpu":
+        return "native"
+    return "channels" if in_channels <= FEW_CHANNELS else "taps"
+
+
+def native(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:
+    """One 3-D convolution."""
+    sides = [((size - 1) // 2, size // 2) for size in kernel_THWCD.shape[1:3]]
+    return jax.lax.conv_general_dilated(
+        x_BTHWC,
+        kernel_THWCD,
+        (time_stride, 1, 1),
+        [(0, 0), *sides],
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+def taps(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:
+    """The sum of 2-D convolutions, one a time tap, each begun when the one before has ended.
+
+    Otherwise the compiler keeps copies of the frames under several taps, or layers, at a time.
+    """
+    total = 0.0
+    for tap, kernel_HWCD in enumerate(kernel_THWCD):
+        frames = _under_taps(x_BTHWC, kernel_THWCD.shape[0], time_stride)[tap]
+        total = total + _conv2d(frames, kernel_HWCD)
+        total, x_BTHWC = jax.lax.optimization_barrier((total, x_BTHWC))
+    return total
+
+
+def channels(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:
+    """One 2-D convolution of what is under the time taps, concatenated into the channels."""
+    K, height, width, C, D = kernel_THWCD.shape
+    frames = jnp.concatenate(_under_taps(x_BTHWC, K, time_stride), axis=-1)
+    kernel_HWCD = kernel_THWCD.transpose(1, 2, 0, 3, 4).reshape(height, width, K * C, D)
+    return _conv2d(frames, kernel_HWCD)
+
+
+def im2col(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:
+    """One matrix product: every neighbourhood is a row."""
+    K, height, width, _, D = kernel_THWCD.shape
+    H, W = x_BTHWC.shape[2:4]
+    sides = [((size - 1) // 2, size // 2) for size in (height, width)]
+    padded = jnp.pad(x_BTHWC, [(0, 0), (0, 0), *sides, (0, 0)])
+    rows = [
+        frames[:, :, y : y + H, x : x + W]
+        for frames in _under_taps(padded, K, time_stride)
+        for y in range(height)
+        for x in range(width)
+    ]
+    return matmul(jnp.concatenate(rows, axis=-1), kernel_THWCD.reshape(-1, D))
+
+
+WAYS = {"native": native, "taps": taps, "channels": channels, "im2col": im2col}
+
+
+def _under_taps(x_BTHWC: jax.Array, count: int, time_stride: int) -> list[jax.Array]:
+    """The frames that each time tap meets."""
+    last = x_BTHWC.shape[1] - count
+    return [x_BTHWC[:, tap : tap + last + 1 : time_stride] for tap in range(count)]
+
+
+def _conv2d(x_BTHWC: jax.Array, kernel_HWCD: jax.Array) -> jax.Array:
+    if kernel_HWCD.shape[:2] == (1, 1):
+        return matmul(x_BTHWC, kernel_HWCD[0, 0])
     B, T, H, W, C = x_BTHWC.shape
-    taps = kernel_THWCD.shape[0]
-    if kernel_THWCD.shape[:3] == (1, 1, 1):
-        return matmul(x_BTHWC, kernel_THWCD[0, 0, 0])
-    past = jnp.repeat(x_BTHWC[:, :1], taps - 1, axis=1)
-    padded = jnp.concatenate([past, x_BTHWC], axis=1)
-    result = 0.0
-    for tap in range(taps):
-        frames = padded[:, tap : tap + T].reshape(B * T, H, W, C)
-        result += jax.lax.conv_general_dilated(
-            frames, kernel_THWCD[tap], (1, 1), "SAME", dimension_numbers=DIMENSIONS
-        )
+    frames = x_BTHWC.reshape(B * T, H, W, C)
+    result = jax.lax.conv_general_dilated(
+        frames, kernel_HWCD, (1, 1), "SAME", dimension_numbers=DIMENSIONS
+    )
     return result.reshape(B, T, H, W, -1)
 
 
 class CausalConv3d(nnx.Module):
-    """A causal convolution with bias; `kernel` is (time, height, width)."""
+    """A causal convolution with bias; `kernel` is (time, height, width).
+
+    Before a clip lies its first frame, repeated (`repeat`), so that a still clip stays still, or
+    zeros.
+    """
 
     def __init__(
         self,
@@ -45,13 +130,31 @@ class CausalConv3d(nnx.Module):
         *,
         rngs: nnx.Rngs,
         scale: float = 1.0,
+        repeat: bool = True,
     ):
         init = nnx.initializers.variance_scaling(max(scale, 1e-10), "fan_in", "truncated_normal")
         shape = (*kernel, in_channels, out_channels)
         axes = (None, None, None, "conv_in", "channels")
         self.kernel = parameter(init, shape, axes=axes, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
+        self.repeat = repeat
 
-    def __call__(self, x_BTHWC: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x_BTHWC.dtype)
-        return causal_conv3d(x_BTHWC, kernel) + self.bias[...].astype(x_BTHWC.dtype)
+    def __call__(self, x_BTHWC: jax.Array, cache: FeatureCache) -> jax.Array:
+        time, *sides = self.kernel.shape[:3]
+        if sides != [1, 1]:
+            x_BTHWC = cache.only_inside(x_BTHWC)
+        if time == 1:
+            return self.after(x_BTHWC)
+        extended = cache.extend(x_BTHWC, time - 1, repeat=self.repeat)
+        # Of an image after zeros, only the last tap sees anything.
+        alone = cache.is_start and not self.repeat and x_BTHWC.shape[1] == 1
+        return self.after(x_BTHWC if alone else extended)
+
+    def after(self, x_BTHWC: jax.Array, *, time_stride: int = 1) -> jax.Array:
+        """Of frames that already hold their past; see `conv3d`.
+
+        Of fewer frames than time taps, the first taps are left out, as if zeros came before.
+        """
+        kernel = self.kernel[...][-x_BTHWC.shape[1] :].astype(x_BTHWC.dtype)
+        bias = self.bias[...].astype(x_BTHWC.dtype)
+        return conv3d(x_BTHWC, kernel, time_stride=time_stride) + bias

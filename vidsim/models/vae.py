@@ -6,8 +6,6 @@ time strides: from there every change of rate merges or splits whole groups, eve
 causal, and latent k sees frames up to the last of its own group and nothing later.
 
     z ~ N(mean, exp(log_variance)) = encoder(video)        (Eq. 3 of arXiv:1312.6114)
-    latents = (mean - mean_C) / std_C                      per channel, measured after training
-
 The head is gated, base + sigmoid(gate) * value: a pixel can switch between two colours, which draws
 sharp edges where a linear map of few channels draws soft ones.
 
@@ -18,7 +16,6 @@ Shortcuts around every change of rate average or duplicate channel groups (DC-AE
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +23,13 @@ from flax import nnx
 
 from vidsim.errors import InputError
 from vidsim.layers.conv3d import CausalConv3d
+from vidsim.layers.feature_cache import FeatureCache, inside
 from vidsim.layers.norms import RMSNorm
+from vidsim.models.autoencoder import Autoencoder, Grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Grid):
     """Shape of the autoencoder. Levels are listed from pixels to latents."""
 
     latent_channels: int
@@ -67,27 +66,8 @@ class Config:
         space = self.patch[1] * math.prod(stride[1] for stride in self.strides)
         return time, space
 
-    def latent_size(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        """Latents of a clip.
-
-        Raises:
-          InputError: the clip is not 1 + k * time frames, or a side is off the grid.
-        """
-        time, space = self.compression
-        if frames < 1 or (frames - 1) % time:
-            lower = 1 + (max(frames, 1) - 1) // time * time
-            raise InputError(
-                f"{frames=} is not 1 + {time}k, which the causal VAE needs; "
-                f"use {lower} or {lower + time}"
-            )
-        for name, side in (("height", height), ("width", width)):
-            if side < space or side % space:
-                lower = max(side // space, 1) * space
-                raise InputError(
-                    f"{name}={side} is not a multiple of {space}, the VAE's stride in pixels; "
-                    f"use {lower} or {lower + space}"
-                )
-        return 1 + (frames - 1) // time, height // space, width // space
+    def make(self, rngs: nnx.Rngs) -> "VAE":
+        return VAE(self, rngs)
 
 
 def fold(x_BTHWC: jax.Array, time: int, space: int) -> jax.Array:
@@ -126,14 +106,9 @@ class ResidualBlock(nnx.Module):
         self.norm_out = RMSNorm(channels)
         self.conv_out = CausalConv3d(channels, channels, kernel, rngs=rngs, scale=0.1)
 
-    def __call__(self, x: jax.Array, inside: jax.Array | None = None) -> jax.Array:
-        h = self.conv_in(_only(jax.nn.silu(self.norm_in(x)), inside))
-        return x + self.conv_out(_only(jax.nn.silu(self.norm_out(h)), inside))
-
-
-def _only(x_BTHWC: jax.Array, inside_B1HW1: jax.Array | None) -> jax.Array:
-    """0 outside, as what a convolution sees beyond the border."""
-    return x_BTHWC if inside_B1HW1 is None else jnp.where(inside_B1HW1, x_BTHWC, 0)
+    def __call__(self, x: jax.Array, cache: FeatureCache) -> jax.Array:
+        h = self.conv_in(jax.nn.silu(self.norm_in(x)), cache)
+        return x + self.conv_out(jax.nn.silu(self.norm_out(h)), cache)
 
 
 class Downsample(nnx.Module):
@@ -145,9 +120,9 @@ class Downsample(nnx.Module):
         self.project = CausalConv3d(folded, channels, (1, 1, 1), rngs=rngs)
         self.channels = channels
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: FeatureCache) -> jax.Array:
         x = fold(x, *self.stride)
-        return self.project(x) + match_channels(x, self.channels)
+        return self.project(x, cache) + match_channels(x, self.channels)
 
 
 class Upsample(nnx.Module):
@@ -158,19 +133,12 @@ class Upsample(nnx.Module):
         self.folded = channels * stride[0] * stride[1] ** 2
         self.project = CausalConv3d(in_channels, self.folded, (1, 1, 1), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return unfold(self.project(x) + match_channels(x, self.folded), *self.stride)
+    def __call__(self, x: jax.Array, cache: FeatureCache) -> jax.Array:
+        return unfold(self.project(x, cache) + match_channels(x, self.folded), *self.stride)
 
 
-class Statistics(NamedTuple):
-    """Mean and standard deviation of the posterior's mean, per channel; stored with the weights."""
-
-    mean_C: jax.Array
-    std_C: jax.Array
-
-
-class VAE(nnx.Module):
-    """The autoencoder. Videos are float [B, T, H, W, 3] in [-1, 1]."""
+class VAE(Autoencoder):
+    """The autoencoder."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
         self.config = config
@@ -205,65 +173,28 @@ class VAE(nnx.Module):
         kernel = (self.config.time_kernels[level], space, space)
         return [ResidualBlock(channels, kernel, rngs=rngs) for _ in range(count)]
 
-    def posterior(
-        self, video_BTHWC: jax.Array, sizes_B2: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """The mean and log-variance, float32 [B, t, h, w, latent_channels].
-
-        With `sizes_B2`, height and width in pixels on the grid, the rest of each clip is padding:
-        its latents mean nothing, and those of the clip are what they would be without it.
-        """
-        self.config.latent_size(*video_BTHWC.shape[1:4])
-        lead = jnp.repeat(video_BTHWC[:, :1], self.config.compression[0] - 1, axis=1)
-        x = jnp.concatenate([lead, video_BTHWC], axis=1).astype(self.config.dtype)
-        x = fold(x, *self.config.patch)
-        inside = None
+    def posterior_of_chunk(self, video_BTHWC, before: list | None, sizes_B2=None):
+        cache = FeatureCache(before)
+        x = video_BTHWC
+        if cache.is_start:
+            lead = jnp.repeat(x[:, :1], self.config.compression[0] - 1, axis=1)
+            x = jnp.concatenate([lead, x], axis=1)
+        x = fold(x.astype(self.config.dtype), *self.config.patch)
         if sizes_B2 is not None:
-            rows, columns = sizes_B2[:, 0, None, None], sizes_B2[:, 1, None, None]
-            pixels = self.config.patch[1]
-            inside = (jnp.arange(x.shape[2])[:, None] < rows // pixels) & (
-                jnp.arange(x.shape[3]) < columns // pixels
-            )
-            inside = inside[:, None, :, :, None]
-        x = _only(x, inside)
-        for layer in self.encoder:
-            if isinstance(layer, ResidualBlock):
-                x = layer(x, inside)
-                continue
-            x = layer(x)
-            if isinstance(layer, Downsample) and inside is not None:
-                inside = inside[:, :, :: layer.stride[1], :: layer.stride[1]]
-        mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.clip(log_variance - 4.0, -20.0, 4.0)
+            cache.inside = inside(sizes_B2 // self.config.patch[1], *x.shape[2:4])
+        x = _run(self.encoder, x, cache).astype(jnp.float32)
+        mean, log_variance = jnp.split(x, 2, axis=-1)
+        return (mean, jnp.clip(log_variance - 4.0, -20.0, 4.0)), cache.after
 
-    def reconstruct(self, z_BTHWC: jax.Array) -> jax.Array:
-        """The video of a posterior sample, float32 [B, 1 + 4k, H, W, 3]."""
-        x = z_BTHWC.astype(self.config.dtype)
-        for layer in self.decoder:
-            x = layer(x)
-        base, value, gate = jnp.split(x.astype(jnp.float32), 3, axis=-1)
+    def reconstruct_chunk(self, z_BTHWC, before: list | None):
+        cache = FeatureCache(before)
+        x = _run(self.decoder, z_BTHWC.astype(self.config.dtype), cache).astype(jnp.float32)
+        base, value, gate = jnp.split(x, 3, axis=-1)
         x = unfold(base + jax.nn.sigmoid(gate) * value, *self.config.patch)
-        return x[:, self.config.compression[0] - 1 :]
+        return x[:, self.config.compression[0] - 1 if cache.is_start else 0 :], cache.after
 
 
-def encode(
-    graphdef: nnx.GraphDef,
-    params,
-    statistics: Statistics,
-    video_BTHWC: jax.Array,
-    sizes_B2: jax.Array | None = None,
-) -> jax.Array:
-    """Normalised latents of videos in [-1, 1]: zero mean, unit variance a channel.
-
-    What lies beyond `sizes_B2`, height and width in pixels, is padding; see `VAE.posterior`.
-    """
-    mean, _ = nnx.merge(graphdef, params).posterior(video_BTHWC, sizes_B2)
-    return (mean - statistics.mean_C) / statistics.std_C
-
-
-def decode(
-    graphdef: nnx.GraphDef, params, statistics: Statistics, latents_BTHWC: jax.Array
-) -> jax.Array:
-    """Videos, about [-1, 1], of normalised latents."""
-    z = latents_BTHWC * statistics.std_C + statistics.mean_C
-    return nnx.merge(graphdef, params).reconstruct(z)
+def _run(layers, x: jax.Array, cache: FeatureCache) -> jax.Array:
+    for layer in layers:
+        x = layer(x) if isinstance(layer, RMSNorm) else layer(x, cache)
+    return x

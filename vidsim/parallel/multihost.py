@@ -177,6 +177,16 @@ def global_batch(mesh: jax.sharding.Mesh, spec: PartitionSpec, local):
     return jax.tree.map(one, local)
 
 
+def place(tree, shardings):
+    """Global arrays from a tree that every process holds whole, and a sharding for each leaf."""
+
+    def one(leaf, sharding):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def fetch(tree):
     """The tree as whole numpy arrays on every process; a collective, so all processes call it."""
 

@@ -37,17 +37,13 @@ class ShardingRules:
     conv_in: MeshAxes = None
     channels: MeshAxes = "fsdp"
 
-    def items(self) -> tuple[tuple[str, MeshAxes], ...]:
-        """The table as `nnx.logical_axis_rules` takes it."""
-        return tuple((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-
     def spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
         """The partition of an array with these axes.
 
         Raises:
             InputError: a name that is not in the table, or two axes that want one mesh axis.
         """
-        table = dict(self.items())
+        table = dataclasses.asdict(self)
         taken: dict[str, str] = {}
         entries = []
         for logical in logical_axes:

@@ -20,7 +20,8 @@ from vidsim.diffusion import conditions, flow, guidance, samplers, time_sampling
 from vidsim.errors import InputError
 from vidsim.layers import rotary
 from vidsim.layers.patches import patchify, unpatchify
-from vidsim.models import dit, vae
+from vidsim.models import autoencoder, dit
+from vidsim.models.autoencoder import Grid, Statistics
 from vidsim.text import encoder
 from vidsim.text.tokenizer import NULL, Tokenizer
 
@@ -29,9 +30,9 @@ from vidsim.text.tokenizer import NULL, Tokenizer
 class Models:
     """Everything that sampling needs of a trained run."""
 
-    vae: vae.Config
+    vae: Grid
     vae_params: Any
-    statistics: vae.Statistics
+    statistics: Statistics
     dit: dit.Config
     text: encoder.Config
     dit_params: Any
@@ -42,6 +43,10 @@ class Models:
     def stride(self) -> int:
         """Pixels along a side of one token."""
         return self.vae.compression[1] * self.dit.patch
+
+    def autoencoder(self) -> tuple[nnx.GraphDef, Any, Statistics]:
+        """What `autoencoder.encode` and its like take."""
+        return vae_graph(self.vae), self.vae_params, self.statistics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +72,9 @@ class Request:
         return self.frames, self.height, self.width, self.steps, self.solver, given, guided
 
 
-def vae_graph(config: vae.Config) -> nnx.GraphDef:
-    return nnx.split(nnx.eval_shape(lambda: vae.VAE(config, nnx.Rngs(0))))[0]
+@functools.cache
+def vae_graph(config: Grid) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))[0]
 
 
 def dit_graph(config: dit.Config, text: encoder.Config, patch_values: int) -> nnx.GraphDef:
@@ -82,14 +88,16 @@ def check(models: Models, request: Request) -> tuple[int, int, int]:
       InputError: a size off the grid, an unknown mode or solver, given frames that do not fit.
     """
     if request.mode not in conditions.MODES:
-        raise InputError(f"mode={request.mode!r} is none of {sorted(conditions.MODES)}")
+        raise InputError(
+            f"mode={request.mode!r} is unknown; use {' or '.join(sorted(conditions.MODES))}"
+        )
     if request.solver not in samplers.SOLVERS:
-        raise InputError(f"solver={request.solver!r} is none of {sorted(samplers.SOLVERS)}")
+        known = " or ".join(sorted(samplers.SOLVERS))
+        raise InputError(f"solver={request.solver!r} is unknown; use {known}")
     if request.steps < 2:
         raise InputError(f"steps={request.steps} is under 2, the fewest that a sampler takes")
     if not request.fps > 0:
         raise InputError(f"fps={request.fps} is not positive; give frames a second")
-    grid = models.vae.latent_size(request.frames, request.height, request.width)
     for name, side in (("height", request.height), ("width", request.width)):
         if side % models.stride:
             lower = max(side // models.stride, 1) * models.stride
@@ -97,6 +105,7 @@ def check(models: Models, request: Request) -> tuple[int, int, int]:
                 f"{name}={side} is not a multiple of {models.stride}, the pixels of a token; "
                 f"use {lower} or {lower + models.stride}"
             )
+    grid = models.vae.latent_size(request.frames, request.height, request.width)
     given = request.given_THWC
     if (given is not None) != (request.mode != "text"):
         verb = "needs" if given is None else "takes no"
@@ -111,34 +120,9 @@ def check(models: Models, request: Request) -> tuple[int, int, int]:
     return grid
 
 
-@functools.cache
-def _encoder(config: vae.Config):
-    graphdef = vae_graph(config)
-
-    @jax.jit
-    def run(params, statistics, video_uint8, sizes_B2=None):
-        video = video_uint8.astype(jnp.float32) / 127.5 - 1.0
-        return vae.encode(graphdef, params, statistics, video, sizes_B2)
-
-    return run
-
-
-@functools.cache
-def _decoder(config: vae.Config):
-    graphdef = vae_graph(config)
-
-    @jax.jit
-    def run(params, statistics, latents):
-        video = vae.decode(graphdef, params, statistics, latents)
-        return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-
-    return run
-
-
 def encode(models: Models, video_BTHWC: np.ndarray) -> np.ndarray:
     """Normalised latents, float32, of uint8 videos."""
-    run = _encoder(models.vae)
-    return np.asarray(run(models.vae_params, models.statistics, video_BTHWC))
+    return np.asarray(autoencoder.encode(*models.autoencoder(), video_BTHWC))
 
 
 def encoder_over(models: Models, devices: list[jax.Device]):
@@ -150,19 +134,26 @@ def encoder_over(models: Models, devices: list[jax.Device]):
     mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
     whole = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, PartitionSpec("batch"))
-    weights = jax.device_put((models.vae_params, models.statistics), whole)
-    run = _encoder(models.vae)
+    graphdef, *weights = models.autoencoder()
+    weights = jax.device_put(weights, whole)
 
     def encode(video_BTHWC: np.ndarray, sizes_B2: np.ndarray) -> np.ndarray:
-        return np.asarray(run(*weights, *jax.device_put((video_BTHWC, sizes_B2), rows)))
+        clips = jax.device_put((video_BTHWC, sizes_B2), rows)
+        return np.asarray(autoencoder.encode(graphdef, *weights, *clips))
 
     return encode
 
 
 def decode(models: Models, latents_BTHWC: np.ndarray) -> np.ndarray:
     """uint8 videos of normalised latents."""
-    run = _decoder(models.vae)
-    return np.asarray(run(models.vae_params, models.statistics, latents_BTHWC))
+    video = autoencoder.decode(*models.autoencoder(), latents_BTHWC)
+    return np.asarray(_as_uint8(video))
+
+
+@jax.jit
+def _as_uint8(video: jax.Array) -> jax.Array:
+    """[-1, 1] to 0..255."""
+    return jnp.round((video + 1.0) * 127.5).astype(jnp.uint8)
 
 
 @functools.cache

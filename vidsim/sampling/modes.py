@@ -6,6 +6,8 @@ extend    a prompt and a video          -> the video, going on
 """
 
 import dataclasses
+import math
+import mimetypes
 import os
 
 import numpy as np
@@ -30,6 +32,14 @@ class Config:
     solver: str
     given_frames: int  # of the video to extend: its last 1 + 4k
     sizes: tuple[tuple[int, int], ...]  # (width, height): the nearest to the input's aspect ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What the samples were that a model learned from, at the largest."""
+
+    largest: tuple[int, int, int]  # frames, height, width of the one of most tokens
+    side: int  # pixels of the longest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +98,50 @@ def write(
         if lead is not None:
             pixels = np.concatenate([lead, pixels])
         stem = os.fspath(path)
-        if len(pixels) == 1:
-            video.write_image(stem + ".png", pixels[0])
+        if request.frames == 1:
+            video.write_image(stem + ending(request), pixels[0])
         else:
-            video.write_video(stem + ".mp4", pixels, request.fps)
-        files.write_json(stem + ".json", {**side_car(request), **car})
+            video.write_video(stem + ending(request), pixels, request.fps)
+        # More than the frames of the request, where some stand before them.
+        facts = {**side_car(request), "file_frames": len(pixels)}
+        files.write_json(stem + ".json", {**facts, **car})
+
+
+def ending(request: Request) -> str:
+    """Of the file that a request becomes."""
+    return ".png" if request.frames == 1 else ".mp4"
+
+
+def without_ending(out: str, request: Request) -> str:
+    """`out`, the file that a request becomes, with its ending or without, as `write` takes it.
+
+    Raises:
+      InputError: it is the ending of another kind of image or video.
+    """
+    root, given = os.path.splitext(out)
+    if given == ending(request):
+        return root
+    if (mimetypes.guess_type(out)[0] or "").startswith(("image/", "video/")):
+        raise InputError(
+            f"--out={out}: {request.frames} frames are written as {ending(request)}; "
+            f"use --out={root}"
+        )
+    return out
+
+
+def far_beyond(models: Models, request: Request, trained: Trained) -> str | None:
+    """Words where a request is over twice the tokens, or the longest side, of what was trained."""
+    frames, height, width = trained.largest
+    asked = models.vae.latent_size(request.frames, request.height, request.width)
+    known = models.vae.latent_size(frames, height, width)
+    side = max(request.height, request.width)
+    if math.prod(asked) <= 2 * math.prod(known) and side <= trained.side:
+        return None
+    return (
+        f"{request.frames}x{request.width}x{request.height} (frames, width, height) is far beyond "
+        f"training, whose largest sample was {frames}x{width}x{height} and longest side "
+        f"{trained.side}; do not expect much of it"
+    )
 
 
 def side_car(request: Request) -> dict:
@@ -137,10 +186,12 @@ def _read_side_car(path: str) -> dict:
     return found
 
 
-def request(choice: dict, config: Config, *, stride: int) -> tuple[Request, np.ndarray | None]:
+def request(
+    choice: dict, config: Config, *, stride: int, grid: int
+) -> tuple[Request, np.ndarray | None]:
     """The request of a choice, with defaults filled in, and the frames to put before it.
 
-    `stride` are the frames of a latent after the first.
+    `stride` are the frames of a latent after the first, `grid` the pixels of a token.
 
     Raises:
       InputError: the mode lacks its input, or has one that it does not take, or is to go on from
@@ -167,8 +218,9 @@ def request(choice: dict, config: Config, *, stride: int) -> tuple[Request, np.n
             f"use {lower} or {lower + stride}"
         )
     if (choice["width"] is None) != (choice["height"] is None):
+        given, other = ("width", "height") if choice["width"] is not None else ("height", "width")
         raise InputError(
-            f"width={choice['width']} with height={choice['height']}; give both or neither"
+            f"{given}={choice[given]} without {other}; give both or neither, multiples of {grid}"
         )
     if choice["width"] is None:
         width, height = size_of(source, config)

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vidsim.data import buckets, latents, mixture, packing, pipeline, sources
-from vidsim.data.rows import Samples, cost
+from vidsim.data import buckets, latents, mixture, packing, pipeline
+from vidsim.data.rows import Samples
 from vidsim.stages.run import Run
+from vidsim.stages.training import pack_plan
 from vidsim.text.tokenizer import Tokenizer
 
 SHARES = ("clips", "draws", "steps", "cropped", "padded", "upscaled", "unused")
@@ -51,7 +52,7 @@ def pixel_buckets(run: Run) -> tuple[Table, dict]:
     if trained > held:
         notes.append(
             f"left out: {trained - held} of {trained} training clips, which are shorter than every "
-            "bucket of their size"
+            "bucket"
         )
     draws, more = _draws(planned.mixture)
     table = Table(f"buckets of {held} training clips", names, lines, notes + more)
@@ -74,26 +75,12 @@ def latent_packs(run: Run) -> tuple[Table, dict]:
         index, of = planned.rows, "latents that would be encoded"
     words = run.words() if run.path("tokenizer.model").is_file() else None
     samples = _samples(run, index, words)
-    train = [number for number, row in enumerate(index) if row["split"] == "train"]
-    drawn = mixture.Mixture(sources.groups(index, train, run.mix), seed=run.pipeline.seed)
-    plan = packing.Plan(samples, drawn, run.pack, width=run.dit.width)
+    plan = pack_plan(run, index, samples, "train", run.mix)
     measured: dict[int, list[tuple[int, float, float]]] = {}
     for step in range(plan.block_steps):
-        length, rows = plan[step]
-        tokens = [
-            [p.latents * samples.latent_tokens[p.sample] + samples.text_tokens[p.sample] for p in r]
-            for r in rows
-        ]
-        costs = [float(np.sum(cost(np.array(row), run.dit.width))) for row in tokens]
-        images = sum(
-            t
-            for row, sizes in zip(rows, tokens, strict=True)
-            for p, t in zip(row, sizes, strict=True)
-            if samples.latents[p.sample] == 1
-        )
-        valid = sum(map(sum, tokens))
-        measured.setdefault(length, []).append(
-            (valid, max(costs) / (sum(costs) / len(costs)), images / max(valid, 1))
+        facts = packing.facts(plan[step], samples, run.dit.width)
+        measured.setdefault(plan[step].length, []).append(
+            (facts.tokens, facts.cost_spread, facts.image_tokens / facts.tokens)
         )
     found = []
     for length, steps in sorted(measured.items()):
@@ -126,9 +113,10 @@ def latent_packs(run: Run) -> tuple[Table, dict]:
     ]
     if words is None:
         notes.append(f"without a tokenizer, {run.text.max_tokens} tokens a caption are reserved")
-    draws, more = _draws(drawn)
-    table = Table(f"packs of {len(train)} training {of}", head, lines, notes + more)
-    return table, {"latents": len(train), "draws": draws, "packs": found}
+    draws, more = _draws(plan.mixture)
+    count = sum(row["split"] == "train" for row in index)
+    table = Table(f"packs of {count} training {of}", head, lines, notes + more)
+    return table, {"latents": count, "draws": draws, "packs": found}
 
 
 def _samples(run: Run, index: Sequence[dict], words: Tokenizer | None) -> Samples:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 
@@ -15,28 +17,48 @@ from vidsim.data.records import Shards
 from vidsim.diffusion import conditions, time_sampling
 from vidsim.errors import InputError
 from vidsim.export import models as exported
-from vidsim.models import dit, vae
+from vidsim.models import discriminator, dit, vae
+from vidsim.models.autoencoder import Grid, Statistics
 from vidsim.parallel import mesh as meshes
 from vidsim.sampling import generate, modes
 from vidsim.text import encoder, tokenizer
-from vidsim.training import checkpoint, loop, objectives, optimizer
+from vidsim.training import checkpoint, loop, objectives, optimizer, vae_losses
 from vidsim.worlds import physics as world
+
+
+class Published(Protocol):
+    """An autoencoder that was trained elsewhere; `load` gives its weights when they are needed."""
+
+    config: Grid
+
+    def load(self) -> tuple[Mapping, Statistics]: ...
 
 
 class Run:
     """A work folder and its experiment, each section as the dataclass of its module.
+
+    `feature_network` reads the file of a perceptual loss, `published` the folder of an autoencoder
+    that was trained elsewhere (`vae.weights`); the command line gives both.
 
     Raises:
       InputError: a section, a key or a value of the experiment is wrong; the folder belongs to
         another experiment.
     """
 
-    def __init__(self, config, workdir: str):
+    def __init__(
+        self,
+        config,
+        workdir: str,
+        feature_network: Callable[[str], vae_losses.FeatureNetwork] | None = None,
+        published: Callable[..., Published] | None = None,
+    ):
         self.config = config
         self.workdir = pathlib.Path(workdir)
         build = configs.build
         build(Experiment, config, where="config")
-        build(VAESection, config["vae"], where="vae")
+        finish = build(VAESection, config["vae"], where="vae").finish
+        if finish is not None:
+            build(Finish, finish, where="vae.finish")
         self.text_dropout = build(DiTSection, config["dit"], where="dit").text_dropout
         self.seed = config["seed"]
         self.world = build(world.Config, config["world"], where="world")
@@ -49,7 +71,9 @@ class Run:
         self.evaluation = build(Evaluation, config["evaluation"], where="evaluation")
         self.report = build(Report, config["report"], where="report")
         self.latents = build(latents.Config, config["latents"], where="latents")
-        self.vae = build(vae.Config, config["vae"]["model"], where="vae.model")
+        own = build(vae.Config, config["vae"]["model"], where="vae.model")
+        self.published = self._published(config["vae"], own.dtype, published)
+        self.vae = self.published.config if self.published else own
         self.buckets = build(buckets.Config, config["vae"]["buckets"], where="vae.buckets")
         self.dit = build(dit.Config, config["dit"]["model"], where="dit.model")
         self.text = build(encoder.Config, config["dit"]["text"], where="dit.text")
@@ -58,17 +82,43 @@ class Run:
         self.conditions = build(
             conditions.Config, config["dit"]["conditions"], where="dit.conditions"
         )
-        self.losses = {
-            "vae": build(objectives.VAELoss, config["vae"]["loss"], where="vae.loss"),
-            "dit": build(objectives.DiTLoss, config["dit"]["loss"], where="dit.loss"),
-        }
-        self.optimizers, self.loops = {}, {}
-        for name in ("vae", "dit"):
-            self.optimizers[name] = build(
-                optimizer.Config, config[name]["optimizer"], where=f"{name}.optimizer"
-            )
-            self.loops[name] = build(loop.Config, config[name]["loop"], where=f"{name}.loop")
+        self.discriminator = build(
+            discriminator.Config, config["vae"]["discriminator"], where="vae.discriminator"
+        )
+        stages = {"vae": (config["vae"], {}), "dit": (config["dit"], {})}
+        if finish is not None:
+            stages["finish"] = (config["vae"], finish)
+        losses = {"vae": vae_losses.VAELoss, "dit": objectives.DiTLoss}
+        losses["finish"] = losses["vae"]
+        self.losses, self.optimizers, self.loops = {}, {}, {}
+        for name, (section, changed) in stages.items():
+            for part, cls, found in (
+                ("loss", losses[name], self.losses),
+                ("optimizer", optimizer.Config, self.optimizers),
+                ("loop", loop.Config, self.loops),
+            ):
+                where = f"vae.finish.{part}" if changed else f"{name}.{part}"
+                found[name] = build(cls, {**section[part], **changed.get(part, {})}, where=where)
+        self.feature_networks = {}
+        for name in ("vae", "finish"):
+            loss = self.losses.get(name)
+            if feature_network and loss and loss.perceptual_weight:
+                self.feature_networks[name] = feature_network(loss.perceptual_network)
         self._check()
+
+    def _published(self, section: Mapping, dtype: str, read) -> Published | None:
+        if not section["weights"]:
+            return None
+        if section.get("finish") is not None:
+            raise InputError(
+                f"vae.weights={section['weights']!r} is not trained here, so vae.finish cannot "
+                "train it on; remove one of them"
+            )
+        if read is None:
+            raise InputError(
+                f"vae.weights={section['weights']!r} needs what reads it; use the command line"
+            )
+        return read(section["weights"], dtype=dtype)
 
     def _check(self) -> None:
         """Finds now what would otherwise fail after hours: sizes off the grid, intervals of 0."""
@@ -247,8 +297,8 @@ class Run:
         return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.text.max_tokens)
 
 
-def open_folder(workdir: str) -> Run:
-    """The run in a work folder, by the config that it holds.
+def open_folder(workdir: str, **readers) -> Run:
+    """The run in a work folder, by the config that it holds; `readers` are those of `Run`.
 
     Raises:
       InputError: the folder holds no run.
@@ -256,7 +306,7 @@ def open_folder(workdir: str) -> Run:
     path = pathlib.Path(workdir, "config.json")
     if not path.is_file():
         raise InputError(f"{workdir} holds no run; give the --workdir of `vidsim run`")
-    return Run(files.read_json(path), workdir)
+    return Run(files.read_json(path), workdir, **readers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +330,20 @@ class Experiment:
 @dataclasses.dataclass(frozen=True)
 class VAESection:
     model: Mapping
+    weights: str  # a folder of published weights, used instead of training; "": train `model`
+    discriminator: Mapping
     loss: Mapping
     buckets: Mapping
+    optimizer: Mapping
+    loop: Mapping
+    finish: Mapping | None = None  # without it there is no such stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """What is other than in `vae` when the decoder alone is trained on."""
+
+    loss: Mapping
     optimizer: Mapping
     loop: Mapping
 
@@ -339,7 +401,7 @@ class Report:
 def vae_only(run: Run, params, statistics=None) -> generate.Models:
     """Models that can encode and decode but not sample."""
     channels = run.vae.latent_channels
-    whole = vae.Statistics(np.zeros(channels, np.float32), np.ones(channels, np.float32))
+    whole = Statistics(np.zeros(channels, np.float32), np.ones(channels, np.float32))
     return generate.Models(
         vae=run.vae,
         vae_params=params,
@@ -353,15 +415,19 @@ def vae_only(run: Run, params, statistics=None) -> generate.Models:
 
 
 def load_vae(run: Run, weights: str = "ema") -> generate.Models:
+    """The autoencoder with its newest decoder: of the stage that finishes it, once that began."""
+    if run.published:
+        return vae_only(run, *run.published.load())
     statistics = exported.statistics_from(run.path("vae", "latent_statistics.json"))
-    folder = run.path("vae", "checkpoints")
-    params = exported.restore(folder, exported.abstract_vae(run.vae), weights)
-    return vae_only(run, params, statistics)
+    folders = [run.path(name, "checkpoints") for name in ("finish", "vae")]
+    folder = next((path for path in folders if checkpoint.newest(path) is not None), folders[-1])
+    return vae_only(run, exported.restore_vae(folder, run.vae, weights), statistics)
 
 
 def latent_mark(run: Run, models: generate.Models) -> str:
-    """The fingerprint of the latents that these models make."""
-    made_by = {"params": models.vae_params, "statistics": models.statistics}
+    """The fingerprint of the latents that these models make: another decoder makes no others."""
+    encoder = {k: v for k, v in models.vae_params.items() if k.startswith("encoder")}
+    made_by = {"params": encoder, "statistics": models.statistics}
     return latents.fingerprint(made_by, run.latents, run.stride, fps=run.data.fps)
 
 
@@ -371,3 +437,15 @@ def load_models(run: Run, weights: str = "ema") -> generate.Models:
     abstract = exported.abstract_dit(run.dit, run.text, values)
     params = exported.restore(run.path("dit", "checkpoints"), abstract, weights)
     return dataclasses.replace(load_vae(run, weights), dit_params=params, tokenizer=run.words())
+
+
+def trained_on(run: Run) -> modes.Trained | None:
+    """What the transformer learned from, by the latent cache; None where that is gone."""
+    path = run.path("latents", "index.jsonl")
+    rows = files.read_jsonl(path) if path.is_file() else []
+    grids = [row["grid"] for row in rows if row["split"] == "train"]
+    if not grids:
+        return None
+    (time, space), (t, h, w) = run.vae.compression, max(grids, key=math.prod)
+    side = space * max(max(grid[1:]) for grid in grids)
+    return modes.Trained((1 + (t - 1) * time, h * space, w * space), side)

@@ -6,21 +6,28 @@ A stage reads the work folder, leaves its output there, and is skipped when that
     shards/       clip records, index, manifest
     tokenizer.model
     vae/          checkpoints, metrics, latent_statistics.json
+    finish/       checkpoints, metrics of the decoder alone  (if the experiment has vae.finish)
     latents/      the latent cache
     dit/          checkpoints, metrics
     samples/      by training step, of every mode, of the evaluation
     evaluation.json, report.html
 """
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from vidsim import files
+from vidsim.data import latents
+from vidsim.export import models as exported
 from vidsim.parallel import multihost
 from vidsim.stages import inputs, showing, training
 from vidsim.stages.run import Run
+from vidsim.training import checkpoint
 
 DONE = "complete"  # key of stages.json
+NOTE_SECONDS = 10.0  # between notes of the time a stage takes: a kill loses no more of it
 
 
 # In order. A stage that is complete is one that stages.json says so of.
@@ -29,12 +36,46 @@ STAGES: dict[str, Callable[[Run], dict]] = {
     "prepare": inputs.prepare_shards,
     "tokenizer": inputs.train_tokenizer,
     "vae": training.train_vae,
+    "finish": training.finish_decoder,
     "encode": inputs.encode_latents,
     "dit": training.train_dit,
     "sample": showing.sample_modes,
     "evaluate": showing.evaluate,
     "report": showing.write_report,
 }
+
+
+def _shards(run: Run):
+    return run.shards
+
+
+def _vae(run: Run):
+    return exported.statistics_from(run.path("vae", "latent_statistics.json"))
+
+
+def _latents(run: Run):
+    return latents.Latents(run.path("latents"))
+
+
+def _dit(run: Run):
+    return checkpoint.newest_path(run.path("dit", "checkpoints"))
+
+
+# What the stages with a verb of their own read of the folder; opening it tells what is missing.
+NEEDS: dict[str, tuple[Callable[[Run], object], ...]] = {
+    "tokenizer": (_shards,),
+    "vae": (_shards,),
+    "finish": (_shards, _vae),
+    "encode": (_shards, _vae),
+    "dit": (_shards, Run.words, _vae, _latents),
+    "evaluate": (_shards, Run.words, _vae, _dit),
+}
+
+
+def check(run: Run, name: str) -> None:
+    """Raises InputError where the work folder lacks what stage `name` reads; writes nothing."""
+    for open_it in NEEDS[name]:
+        open_it(run)
 
 
 def do(run: Run, name: str) -> dict:
@@ -45,15 +86,38 @@ def do(run: Run, name: str) -> dict:
     if entry.get(DONE):
         return entry["result"]
     begin = time.monotonic()
+
+    def note(result: dict | None = None) -> None:
+        seconds = round(entry["seconds"] + time.monotonic() - begin, 1)
+        now = {"seconds": seconds, DONE: result is not None, "result": result}
+        if multihost.is_main():
+            files.write_json(path, {**noted, name: now})
+
     result = None
     try:
-        result = STAGES[name](run)
+        with _now_and_then(note):
+            result = STAGES[name](run)
     finally:
-        entry["seconds"] = round(entry["seconds"] + time.monotonic() - begin, 1)
-        entry.update({DONE: result is not None, "result": result})
-        if multihost.is_main():
-            files.write_json(path, {**noted, name: entry})
+        note(result)
     return result
+
+
+@contextlib.contextmanager
+def _now_and_then(note: Callable[[], None]) -> Iterator[None]:
+    """Calls `note` every NOTE_SECONDS while the body runs, in a thread."""
+    ended = threading.Event()
+
+    def work():
+        while not ended.wait(NOTE_SECONDS):
+            note()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def run_all(run: Run) -> dict:

@@ -89,6 +89,26 @@ class Checkpoints:
         self._checkpointer.close()
 
 
+def newest(folder: str | os.PathLike) -> int | None:
+    """The step of the newest whole checkpoint in `folder`; None where there is none."""
+    folder = pathlib.Path(folder)
+    # A checkpoint is renamed to its step, a number, when it is whole.
+    found = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
+    return max(found, default=None)
+
+
+def newest_path(folder: str | os.PathLike) -> pathlib.Path:
+    """The newest whole checkpoint in `folder`.
+
+    Raises:
+      InputError: there is none.
+    """
+    step = newest(folder)
+    if step is None:
+        raise InputError(f"no checkpoints at {folder}; train first")
+    return pathlib.Path(folder).absolute() / str(step)
+
+
 def load_part(folder: str | os.PathLike, part: str, abstract):
     """One field of the newest state in `folder`, such as `ema`, on this process's first device.
 
@@ -99,13 +119,7 @@ def load_part(folder: str | os.PathLike, part: str, abstract):
     Raises:
       InputError: there is no checkpoint.
     """
-    folder = pathlib.Path(folder).absolute()
-    if not folder.is_dir():
-        raise InputError(f"no checkpoints at {folder}; train first, or give an exported folder")
-    # A checkpoint is renamed to its step, a number, when it is whole.
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-    if not steps:
-        raise InputError(f"{folder} holds no checkpoint yet; train on, or give another run")
+    path = newest_path(folder)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     there = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract
@@ -116,4 +130,4 @@ def load_part(folder: str | os.PathLike, part: str, abstract):
     context.multiprocessing.primary_host = process
     context.multiprocessing.active_processes = {process}
     with context:
-        return ocp.load(folder / str(max(steps)), {part: there})[part]
+        return ocp.load(path, {part: there})[part]

@@ -8,6 +8,7 @@ SIGTERM saves at once, without the evaluation that may be due: the next start ma
 
 import dataclasses
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -15,11 +16,13 @@ from jax.experimental import multihost_utils
 
 from vidsim import progress
 from vidsim.data import index
-from vidsim.errors import Restart
+from vidsim.errors import InputError, Restart
 from vidsim.parallel import multihost
 from vidsim.training.checkpoint import Checkpoints
 from vidsim.training.metrics import MetricsWriter, has_evaluation
 from vidsim.training.state import TrainState
+
+MOST_SKIPPED = 20  # steps in a row: a model that does not recover from so many never will
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,11 @@ class Preemption:
         return multihost_utils.reached_preemption_sync_point(step)
 
 
+@jax.jit
+def _in_a_row(count, skipped):
+    return (count + 1) * skipped
+
+
 def run(
     config: Config,
     state: TrainState,
@@ -79,12 +87,16 @@ def run(
       evaluators: by name; their values are logged as `name/value`.
 
     Raises:
+      InputError: `MOST_SKIPPED` steps in a row, or more, were not finite when one was logged.
       Restart: SIGTERM came; the state is saved.
     """
     first = int(state.step)
     evaluated = multihost.run_once(lambda: has_evaluation(folder, first), f"{name} evaluated")
     writer = MetricsWriter(folder, step=first) if multihost.is_main() else None
+    if writer and first:
+        print(f"{name} resumes at step {first}", file=sys.stderr)
     pending: tuple[int, dict] | None = None
+    skipped = 0.0  # steps in a row, counted on the device
 
     def log():
         nonlocal pending
@@ -96,6 +108,13 @@ def run(
         bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
         if writer:
             writer.write(step, metrics)
+        in_a_row = int(multihost.fetch(skipped))
+        if in_a_row >= MOST_SKIPPED:
+            raise InputError(
+                f"{name}: the last {in_a_row} steps to step {step} gave a loss or gradient that is "
+                "not finite; its checkpoints are kept; use a new --workdir with a lower "
+                f"{name}.optimizer.learning_rate, or other data"
+            )
 
     stream = None
     with (
@@ -123,8 +142,11 @@ def run(
                 stream = batches(step)
             state, metrics = step_fn(state, next(stream))
             log()
+            skipped = _in_a_row(skipped, metrics["skipped"])
             if (step + 1) % config.log_every == 0:
                 pending = (step + 1, metrics)
+            if step == first:
+                bar.unpause()  # the time to compile says nothing of the steps to come
             bar.update()
         checkpoints.wait()
         if writer:

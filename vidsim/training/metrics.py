@@ -42,10 +42,10 @@ class MetricsWriter:
         self._board.close()
 
 
-def rows_until(path: str | os.PathLike, step: int) -> list[dict]:
-    """The whole rows up to `step`; a row that a kill cut short is dropped."""
-    rows = []
-    for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines():
+def rows_until(path: str | os.PathLike, step: float = math.inf) -> list[dict]:
+    """The whole rows up to `step`, none without a file; a row that a kill cut short is dropped."""
+    path, rows = pathlib.Path(path), []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -57,6 +57,5 @@ def rows_until(path: str | os.PathLike, step: int) -> list[dict]:
 
 def has_evaluation(folder: str | os.PathLike, step: int) -> bool:
     """Whether the evaluators have run at `step`: their names contain a slash."""
-    path = pathlib.Path(folder) / "metrics.jsonl"
-    rows = rows_until(path, step) if path.exists() else []
+    rows = rows_until(pathlib.Path(folder) / "metrics.jsonl", step)
     return any("/" in name for row in rows if row["step"] == step for name in row)

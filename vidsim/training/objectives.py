@@ -1,16 +1,9 @@
-"""What each model learns: pure functions `loss(params, batch, key) -> (scalar, metrics)`.
+"""What the diffusion transformer learns, as a pure function of parameters, batch, key and step.
 
-Video autoencoder
-    L = mean w (|e| + q e^2) + g |grad e| + k KL(q(z|x) || N(0, 1)),   e = x - D(z)
-    w = 1 + f min(1, d / s)
-    d is how far a pixel is from its clip's mean colour: small moving things weigh as much as the
-    large background (without it the background alone is learned first).
-
-Diffusion transformer
-    L = sum over generated tokens |x0_hat - x0|^2 / max(t, t_min)^2 / their number
+L = sum over generated tokens |x0_hat - x0|^2 / max(t, t_min)^2 / their number
 """
 
-# B batch, T frames, H height, W width, C channels; L tokens, P patch values, M segments a row
+# B batch, L tokens, P patch values, M segments a row
 
 import dataclasses
 import functools
@@ -24,49 +17,9 @@ from vidsim.models.dit import Tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class VAELoss:
-    square_weight: float  # q
-    gradient_weight: float  # g
-    kl_weight: float  # k
-    foreground_weight: float  # f
-    foreground_scale: float  # s, in units of pixels in [-1, 1]
-
-
-@dataclasses.dataclass(frozen=True)
 class DiTLoss:
     t_min: float  # the clamp of the velocity loss
     noisy_given_max: float  # noisy given latents have a time uniform up to here
-
-
-def foreground(video_BTHWC: jax.Array, config: VAELoss) -> jax.Array:
-    """The weight of every pixel [B, T, H, W, 1]."""
-    mean = jnp.mean(video_BTHWC, axis=(1, 2, 3), keepdims=True)
-    distance = jnp.max(jnp.abs(video_BTHWC - mean), axis=-1, keepdims=True)
-    return 1.0 + config.foreground_weight * jnp.minimum(1.0, distance / config.foreground_scale)
-
-
-def pixels(video_uint8: jax.Array) -> jax.Array:
-    """uint8 to float32 in [-1, 1]."""
-    return video_uint8.astype(jnp.float32) / 127.5 - 1.0
-
-
-def vae_loss(graphdef: nnx.GraphDef, config: VAELoss, params, batch, key):
-    """Batch: `video_BTHWC` uint8."""
-    model = nnx.merge(graphdef, params)
-    video = pixels(batch["video_BTHWC"])
-    mean, log_variance = model.posterior(video)
-    noise = jax.random.normal(key, mean.shape)
-    error = video - model.reconstruct(mean + jnp.exp(0.5 * log_variance) * noise)
-    weight = foreground(video, config)
-    l1 = jnp.mean(weight * jnp.abs(error))
-    l2 = jnp.mean(weight * jnp.square(error))
-    gradient = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (2, 3))
-    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1.0 - log_variance)
-    loss = (
-        l1 + config.square_weight * l2 + config.gradient_weight * gradient + config.kl_weight * kl
-    )
-    psnr = -10.0 * jnp.log10(jnp.mean(jnp.square(error)) / 4.0)
-    return loss, {"l1": l1, "l2": l2, "gradient_l1": gradient, "kl": kl, "psnr_db": psnr}
 
 
 def draw_times(
@@ -119,8 +72,9 @@ def dit_loss(
     params,
     pack,
     key,
+    step,
 ):
-    """Batch: a pack (see data/packing.py)."""
+    """Batch: a pack (see data/packing.py). The same at every step."""
     times_key, noise_key = jax.random.split(key)
     times_BM3 = draw_times(times_key, pack, times, config.noisy_given_max)
     x0 = pack["patches_BLP"].astype(jnp.float32)
@@ -154,5 +108,5 @@ def x0_error_at(graphdef, prediction: str, t: float, params, pack, key) -> tuple
 
 
 def bind(loss, *args):
-    """A loss with its structure and config fixed: `(params, batch, key) -> (loss, metrics)`."""
+    """A loss with its structure and config fixed: an `Objective` of training/step.py."""
     return functools.partial(loss, *args)

@@ -1,8 +1,8 @@
 """The optimizer: Muon on hidden matrices, AdamW on everything else, warm-up - stable - decay.
 
-Muon (Jordan et al. 2024; arXiv:2502.16982) orthogonalises the momentum of a matrix by five
-Newton-Schulz steps; a convolution counts as the matrix (taps x inputs, outputs), a stack of layers
-as that many matrices.
+Muon (Jordan et al. 2024; arXiv:2502.16982) orthogonalises the momentum of a matrix by Newton-Schulz
+steps, of which four are enough after preconditioning (Turbo-Muon, arXiv:2512.04632). A convolution
+counts as the matrix (taps x inputs, outputs), a stack of layers as that many matrices.
 """
 
 import dataclasses
@@ -53,13 +53,27 @@ def hidden_matrices(params):
     return trees.map_named(one, params)
 
 
-def make(config: Config, steps: int) -> optax.GradientTransformation:
-    """The optimizer of a run of `steps`."""
-    return optax.chain(
+def decayed(params):
+    """Whether weight decay applies: not to what divides by its own norm, which it would only empty.
+
+    A discriminator that has not started yet has no gradient to fill it again.
+    """
+    return trees.map_named(lambda name, leaf: not name.startswith("discriminator/"), params)
+
+
+def make(config: Config, steps: int, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
+    """The optimizer of a run of `steps`.
+
+    Parameters whose names begin with one of `frozen` are not updated and have no moments.
+    """
+    tx = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         muon(
             schedule(config, steps, config.learning_rate),
+            ns_steps=4,
+            preconditioning="aol",
             weight_decay=config.weight_decay,
+            weight_decay_mask=decayed,
             adam_b1=0.9,
             adam_b2=0.95,
             adam_weight_decay=0.0,
@@ -67,6 +81,15 @@ def make(config: Config, steps: int) -> optax.GradientTransformation:
             muon_weight_dimension_numbers=hidden_matrices,
         ),
     )
+    if not frozen:
+        return tx
+
+    def labels(params):
+        return trees.map_named(
+            lambda name, leaf: "frozen" if name.startswith(frozen) else "trained", params
+        )
+
+    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 def ema_exponent(sigma_rel: float) -> float:

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vidsim import trees
+from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules, param_shardings
 
 
@@ -77,6 +78,13 @@ def create(
         )
 
     return jax.jit(init, out_shardings=state_shardings)(key)
+
+
+def start_from(state: TrainState, parts: dict, state_shardings: TrainState) -> TrainState:
+    """A new state whose parameters, and their EMA, have the named parts from elsewhere."""
+    shardings = {name: state_shardings.params[name] for name in parts}
+    params = {**state.params, **multihost.place(parts, shardings)}
+    return dataclasses.replace(state, params=params, ema=jax.tree.map(jnp.copy, params))
 
 
 def abstract(make_model, tx, state_shardings: TrainState) -> TrainState:

@@ -1,0 +1,37 @@
+"""What stages.json tells of stages that were killed."""
+
+import textwrap
+
+from vidsim import files
+
+# The stage `worlds` waits until a note of its seconds is written, then its process kills itself.
+KILLED = """
+    import os, runpy, sys, time
+    from vidsim import files
+    from vidsim.stages import walk
+    from vidsim.stages.run import Run
+
+    run = Run(runpy.run_path(sys.argv[1])["get_config"]().to_dict(), sys.argv[2])
+    before = float(sys.argv[3])
+    path = run.path("stages.json")
+
+    def killed(run):
+        while not (path.exists() and files.read_json(path)["worlds"]["seconds"] > before):
+            time.sleep(0.01)
+        os.kill(os.getpid(), 9)
+
+    walk.NOTE_SECONDS = 0.05
+    walk.STAGES["worlds"] = killed
+    walk.do(run, "worlds")
+"""
+
+
+def test_the_seconds_of_a_killed_attempt_count(new_process, config, tmp_path):
+    noted = 0.0
+    for _ in range(2):
+        ended = new_process("-c", textwrap.dedent(KILLED), config, tmp_path, noted)
+        assert ended.code == -9, ended.stderr
+        entry = files.read_json(tmp_path / "stages.json")["worlds"]
+        assert not entry["complete"] and entry["result"] is None
+        assert entry["seconds"] > noted
+        noted = entry["seconds"]
