@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from vidsim.errors import InputError
-from vidsim.models import discriminator
+from vidsim.models import autoencoder, discriminator
 from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.training import objectives, optimizer, state, step, vae_losses
@@ -57,7 +57,7 @@ def as_uint8(video) -> np.ndarray:
 
 
 BATCH = {"video_BTHWC": as_uint8(ball(3))}
-VIDEO = np.asarray(vae_losses.pixels(BATCH["video_BTHWC"]))
+VIDEO = np.asarray(autoencoder.pixels(BATCH["video_BTHWC"]))
 NOISE = {"video_BTHWC": rng.integers(0, 256, (4, 3, 16, 16, 3), dtype=np.uint8)}
 
 
@@ -133,7 +133,7 @@ def test_foreground_of_a_plain_clip_is_1_whatever_stands_beside_it():
 
 
 def test_pixels_run_from_minus_1_to_1():
-    found = vae_losses.pixels(np.array([0, 255], np.uint8))
+    found = autoencoder.pixels(np.array([0, 255], np.uint8))
     assert found.dtype == jnp.float32 and found.tolist() == [-1.0, 1.0]
 
 
@@ -355,7 +355,7 @@ def test_an_equivariant_decoder_has_no_equivariance_loss_and_another_has():
     loss, metrics, _ = loss_and_gradient(config, batch=NOISE)
     assert metrics["equivariance_l1"] < 1e-6 and loss < 1e-5  # means of float32
     loss, metrics, _ = loss_and_gradient(config, batch=NOISE, power=3)
-    small = vae_losses.pool(vae_losses.pixels(NOISE["video_BTHWC"]), 2)
+    small = vae_losses.pool(autoencoder.pixels(NOISE["video_BTHWC"]), 2)
     assert small.shape == (4, 3, 8, 8, 3)
     assert metrics["equivariance_l1"] == pytest.approx(np.mean(np.abs(small - small**3)), rel=1e-4)
     assert loss == pytest.approx(metrics["l1"] + 3 * metrics["equivariance_l1"], rel=1e-5)
@@ -382,7 +382,7 @@ def test_perceptual_loss_is_the_square_distance_of_the_maps():
     loss, metrics, _ = loss_and_gradient(config, **toy)
     assert loss == metrics["perceptual"] == 0.0
     loss, metrics, _ = loss_and_gradient(config, power=3, **toy)
-    video = np.asarray(vae_losses.pixels(NOISE["video_BTHWC"]))
+    video = np.asarray(autoencoder.pixels(NOISE["video_BTHWC"]))
     error = video - video**3
     wanted = np.mean(np.sum((3 * np.diff(error, axis=3)) ** 2, -1)) + np.mean(np.sum(error**2, -1))
     assert metrics["perceptual"] == pytest.approx(wanted, rel=1e-4)
@@ -408,7 +408,7 @@ def heard():
 def by_hand():
     """The terms with everything else left out: gradients by the reconstruction, one at a time."""
     graph, params = parts_of(ADVERSARIAL, error=0.2)
-    video = vae_losses.pixels(NOISE["video_BTHWC"])
+    video = autoencoder.pixels(NOISE["video_BTHWC"])
     made = video + 0.2
     model = nnx.merge(graph, params)
     judges, rest = nnx.split(model.discriminator)

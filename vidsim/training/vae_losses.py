@@ -46,6 +46,7 @@ from jax.lax import stop_gradient
 
 from vidsim.errors import InputError
 from vidsim.models import discriminator
+from vidsim.models.autoencoder import pixels
 
 MAX_RATIO = 1e4  # of lambda, as VQGAN has it
 
@@ -114,11 +115,6 @@ class TrainedVAE(nnx.Module):
         if loss.mask_rate:
             channels = autoencoder.config.latent_channels
             self.mask_latent = nnx.Param(jax.random.normal(rngs.params(), (channels,)))
-
-
-def pixels(video_uint8: jax.Array) -> jax.Array:
-    """uint8 to float32 in [-1, 1]."""
-    return video_uint8.astype(jnp.float32) / 127.5 - 1.0
 
 
 def foreground(video_BTHWC: jax.Array, config: VAELoss) -> jax.Array:
