@@ -53,6 +53,31 @@ def test_report_holds_its_videos_and_loads_nothing(tiny):
     assert not re.search(r"""(src|href)=["']?(https?:|//)""", html)
 
 
+def test_reconstruction_is_measured_and_shown_for_every_shape(tiny):
+    quality = files.read_json(tiny.workdir / "evaluation.json")["vae"]
+    shapes = {tuple(map(int, name.split("x"))) for name in quality["by_shape"]}
+    assert len(shapes) > 1
+    for found in (quality, *quality["by_shape"].values()):
+        assert -1 < found["ssim"] < 1 and np.isfinite(found["psnr_db"])
+    assert quality["clips"] == sum(found["clips"] for found in quality["by_shape"].values())
+
+    folder = tiny.workdir / "samples" / "vae"
+    cars = [files.read_json(path) for path in sorted(folder.glob("*.json"))]
+    shown = [(car["frames"], car["height"], car["width"]) for car in cars]
+    videos = {shape for shape in shapes if shape[0] > 1}
+    assert set(shown[: len(videos)]) == videos
+    for path in folder.glob("*_real.mp4"):
+        for name in ("reconstructed", "error"):
+            other = video.probe(path.with_name(path.name.replace("real", name)))
+            assert other.frames == video.probe(path).frames
+
+    rows = files.read_jsonl(tiny.workdir / "vae" / "metrics.jsonl")
+    last = [row for row in rows if "val/psnr_db" in row][-1]
+    # The same weights, the same clips.
+    for name in ("psnr_db", "object_psnr_db", "ssim", "flicker"):
+        assert last[f"val/{name}"] == pytest.approx(quality[name], rel=1e-3)
+
+
 def test_every_mode_has_a_sample_with_its_side_car(tiny):
     names = sorted(path.name for path in (tiny.workdir / "samples" / "final").iterdir())
     stems = ("01_text", "02_text", "03_text", "04_animate", "05_extend")

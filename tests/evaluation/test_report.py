@@ -61,7 +61,10 @@ def make_run(run):
         files.write_json(run / f"samples/physics/{i:02d}.json", facts)
         sample(f"vae/{i:02d}_real.mp4", 17, 48, 64)
         sample(f"vae/{i:02d}_reconstructed.mp4", 17, 48, 64)
-        files.write_json(run / f"samples/vae/{i:02d}.json", {"psnr_db": 31.25 + i})
+        sample(f"vae/{i:02d}_error.mp4", 17, 48, 64, seed=8)
+        facts = {"source": f"clip_{i:05d}.mp4", "width": 64, "height": 48, "frames": 17, "fps": 8.0}
+        facts |= {"psnr_db": 31.25 + i, "ssim": 0.9123, "flicker": 0.75}
+        files.write_json(run / f"samples/vae/{i:02d}.json", facts)
     for stage in ("vae", "dit"):
         rows = []
         for step in range(10, 1610, 10):
@@ -73,10 +76,13 @@ def make_run(run):
         files.write_jsonl(run / stage / "metrics.jsonl", rows)
     numbers = {"velocity_error": 0.52, "floor": 0.09, "frozen": 1.93, "wrong_prompt": 1.41}
     kinds = {kind: {**numbers, "clips": 8} for kind in ("collision", "parabola", "uniform")}
+    quality = {"psnr_db": 32.41, "object_psnr_db": 24.9, "ssim": 0.9541, "flicker": 0.62}
+    tall = {**quality, "psnr_db": 33.02, "object_psnr_db": None, "flicker": None, "clips": 5}
+    by_shape = {"1x64x48": tall, "17x48x64": {**quality, "ssim": 0.9487, "clips": 19}}
     files.write_json(
         run / "evaluation.json",
         {
-            "vae": {"psnr_db": 32.41, "object_psnr_db": 24.9},
+            "vae": {**quality, "clips": 24, "by_shape": by_shape},
             "physics": {**numbers, "clips": 24, "given_frames": 5, "kinds": kinds},
         },
     )
@@ -115,7 +121,7 @@ def test_page_loads_nothing(page):
 
 def test_every_video_and_picture_is_embedded(run, page):
     paths = [*run.glob("samples/*/*.mp4"), *run.glob("samples/*/*.png")]
-    assert len(paths) == 9 + 5 + 6 + 6
+    assert len(paths) == 9 + 5 + 6 + 9
     for path in paths:
         assert base64.b64encode(path.read_bytes()).decode() in page, path
 
@@ -141,6 +147,36 @@ def test_numbers_and_facts_are_shown(page):
         assert text in page, text
     for text in ("1 h 10 min", "2,812,345", "seed 3 · 64×48 · 17 frames at 8 fps", "parabola"):
         assert text in page, text
+
+
+def vae_section(page):
+    return page.split("4. Video VAE")[1].split("5. Training curves")[0]
+
+
+def test_reconstructions_stand_between_input_and_enlarged_error(page):
+    rows = vae_section(page).split("data-sync")[1:]
+    assert len(rows) == 3
+    for number, row in enumerate(rows):
+        names = re.findall("<figcaption>(.*?)</figcaption>", row)
+        assert names == ["input", "reconstruction", "|difference| × 4"]
+        about = f"64×48 · 17 frames at 8 fps · PSNR {31.25 + number:.1f} dB · SSIM 0.912"
+        assert about + " · flicker 0.750" in row and f"clip_{number:05d}.mp4" in row
+
+
+def test_reconstruction_is_told_for_each_size_and_duration(page):
+    lines = re.findall("<tr>(.*?)</tr>", vae_section(page))
+    assert [re.findall("<t[hd]>(.*?)</t[hd]>", line) for line in lines] == [
+        ["size", "frames", "clips", "PSNR, dB", "in objects", "SSIM", "flicker"],
+        ["48×64", "1", "5", "33.0", "—", "0.954", "—"],
+        ["64×48", "17", "19", "32.4", "24.9", "0.949", "0.620"],
+        ["all", "—", "24", "32.4", "24.9", "0.954", "0.620"],
+    ]
+
+
+def test_videos_without_truth_have_no_column_of_objects(tmp_path):
+    files.write_json(tmp_path / "evaluation.json", {"vae": {"psnr_db": 30.0, "clips": 3}})
+    page = report.write(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "objects" not in vae_section(page) and "<td>30.0</td>" in vae_section(page)
 
 
 def test_stages_and_config_are_tables_without_dicts(page):

@@ -4,13 +4,8 @@ import jax
 import numpy as np
 
 from vidsim.data.sources import Clips
-from vidsim.evaluation import physics
+from vidsim.evaluation import physics, reconstruction
 from vidsim.sampling import generate
-
-
-def psnr_db(squared_error: float) -> float:
-    """PSNR of pixels in [0, 255]."""
-    return float(10.0 * np.log10(255.0**2 / max(squared_error, 1e-9)))
 
 
 def held_out(index: list[dict], *, frames: int = 1) -> list[int]:
@@ -27,41 +22,39 @@ def reconstruct(models: generate.Models, videos: np.ndarray) -> np.ndarray:
     return generate.decode(models, generate.encode(models, videos))
 
 
-def squared_errors(real: np.ndarray, made: np.ndarray, boxes: np.ndarray | None) -> dict:
-    """Sums of squared errors and counts of values, over the frame and inside the boxes."""
-    error = np.square(real.astype(np.float64) - made.astype(np.float64))
-    found = {"frame": (error.sum(), error.size)}
-    if boxes is not None and boxes.any():
-        inside = error[boxes]
-        found["objects"] = (inside.sum(), inside.size)
-    return found
-
-
 def vae_quality(models: generate.Models, clips: Clips, truth: dict[str, dict], plan) -> dict:
-    """`{"psnr_db", "object_psnr_db", "clips"}` over held-out clips.
+    """What `reconstruction.summarise` finds over held-out clips, and of each shape alone.
 
     `plan` lists (record, frames, height, width). `truth` has the true objects by source; without it
-    there is no object PSNR (None).
+    there is no object PSNR (None). `by_shape` names shapes "FRAMESxHEIGHTxWIDTH".
     """
-    sums: dict[str, list] = {"frame": [0.0, 0], "objects": [0.0, 0]}
-    for record, frames, height, width in plan:
-        real = clips.window(record, 0, frames, height, width)
-        row = truth.get(clips.index[record]["source"])
-        # The boxes are in pixels and frames of the file: a clip that was resized or cut has none.
-        native = row is not None and whole(clips.index[record], row)
-        native = native and (row["height"], row["width"]) == (height, width)
-        boxes = physics.object_mask(row)[:frames] if native else None
-        made = reconstruct(models, real[None])[0]
-        for name, (total, count) in squared_errors(real, made, boxes).items():
-            sums[name][0] += total
-            sums[name][1] += count
+    by_shape: dict[tuple, list[dict]] = {}
+    for record, *shape in plan:
+        real = clips.window(record, 0, *shape)
+        boxes = _object_boxes(clips.index[record], truth, shape)
+        row = reconstruction.measure(real, reconstruct(models, real[None])[0], boxes)
+        by_shape.setdefault(tuple(shape), []).append(row)
     return {
-        "psnr_db": psnr_db(sums["frame"][0] / sums["frame"][1]) if sums["frame"][1] else None,
-        "object_psnr_db": psnr_db(sums["objects"][0] / sums["objects"][1])
-        if sums["objects"][1]
-        else None,
-        "clips": len(plan),
+        **reconstruction.summarise([row for rows in by_shape.values() for row in rows]),
+        "by_shape": {
+            "x".join(map(str, shape)): reconstruction.summarise(by_shape[shape])
+            for shape in sorted(by_shape)
+        },
     }
+
+
+def _object_boxes(row: dict, truth: dict[str, dict], shape) -> np.ndarray | None:
+    """Which pixels [T, H, W] of a clip's first frames lie in boxes of objects, if known."""
+    frames, height, width = shape
+    known = truth.get(row["source"])
+    # The boxes are in pixels and frames of the file: a clip that was resized or cut has none.
+    if (
+        known is None
+        or not whole(row, known)
+        or (known["height"], known["width"]) != (height, width)
+    ):
+        return None
+    return physics.object_mask(known)[:frames]
 
 
 def x0_errors(x0_error_at, params, packs: list[dict], times: tuple[float, ...]):

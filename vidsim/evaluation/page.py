@@ -44,6 +44,7 @@ nav { display: flex; flex-wrap: wrap; gap: .3rem 1.3rem; font-size: .88rem; }
   margin-bottom: .5rem; line-height: 1.4; overflow-wrap: anywhere; }
 .prompt small { display: block; color: var(--dim); font-size: .78rem; }
 .gallery { display: flex; flex-wrap: wrap; gap: .6rem 2rem; }
+.scroll + .gallery { margin-top: 1.4rem; }
 .gallery > div { max-width: 100%; }
 .gallery .row { width: max-content; min-width: 16rem; max-width: 100%; }
 .gallery .prompt, figcaption { width: 0; min-width: 100%; }

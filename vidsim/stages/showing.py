@@ -6,10 +6,12 @@ import numpy as np
 
 from vidsim import files
 from vidsim.data import buckets, latents, video
-from vidsim.evaluation import evaluator, physics, report
+from vidsim.evaluation import evaluator, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
 from vidsim.stages.run import Run, load_models, load_vae
+
+_SHOWN = 4  # clips beside their reconstructions
 
 
 def vae_plan(run: Run, limit: int) -> list[tuple[int, int, int, int]]:
@@ -142,14 +144,7 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
     settings = run.evaluation
     plan = vae_plan(run, settings.vae_clips)
     results = {"vae": evaluator.vae_quality(models, run.clips, run.truth, plan), "physics": None}
-    for place, (record, *size) in enumerate([entry for entry in plan if entry[1] > 1][:3]):
-        real = run.clips.window(record, 0, *size)
-        made = evaluator.reconstruct(models, real[None])[0]
-        error = np.mean(np.square(real.astype(float) - made.astype(float)))
-        stem, fps = run.path("samples", "vae", f"{place:02d}"), run.clips.index[record]["fps"]
-        video.write_video(f"{stem}_real.mp4", real, fps)
-        video.write_video(f"{stem}_reconstructed.mp4", made, fps)
-        files.write_json(f"{stem}.json", {"psnr_db": evaluator.psnr_db(error)})
+    _write_reconstructions(run, models, plan)
     cases = evaluator.physics_requests(
         run.clips,
         run.truth,
@@ -183,6 +178,31 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
             )
     files.write_json(run.path("evaluation.json"), results)
     return results
+
+
+def _write_reconstructions(run: Run, models: generate.Models, plan: list[tuple]) -> None:
+    """Clips, what the autoencoder makes of them and its errors; of different shapes first."""
+    videos = [entry for entry in plan if entry[1] > 1]
+    shapes = [tuple(shape) for _, *shape in videos]
+    # The first clip of every shape comes before the second of any.
+    order = sorted(range(len(videos)), key=lambda number: shapes[:number].count(shapes[number]))
+    for place, number in enumerate(order[:_SHOWN]):
+        record, *shape = videos[number]
+        row = run.clips.index[record]
+        real = run.clips.window(record, 0, *shape)
+        made = evaluator.reconstruct(models, real[None])[0]
+        stem = run.path("samples", "vae", f"{place:02d}")
+        shown = {
+            "real": real,
+            "reconstructed": made,
+            "error": reconstruction.error_video(real, made),
+        }
+        for name, pixels in shown.items():
+            video.write_video(f"{stem}_{name}.mp4", pixels, row["fps"])
+        found = reconstruction.summarise([reconstruction.measure(real, made)])
+        facts = {key: found[key] for key in ("psnr_db", "ssim", "flicker")}
+        facts |= dict(zip(("frames", "height", "width"), shape, strict=True))
+        files.write_json(f"{stem}.json", {**facts, "fps": row["fps"], "source": row["source"]})
 
 
 def write_report(run: Run) -> dict:

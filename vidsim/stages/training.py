@@ -126,9 +126,10 @@ def _vae_validation(run: Run, train_state, step_number):
         return
     models = vae_only(run, params)
     plan = vae_plan(run, run.evaluation.vae_clips)
-    for name, value in evaluator.vae_quality(models, run.clips, run.truth, plan).items():
-        if value is not None and name != "clips":
-            yield name, value
+    quality = evaluator.vae_quality(models, run.clips, run.truth, plan)
+    for name in ("psnr_db", "object_psnr_db", "ssim", "flicker"):
+        if quality[name] is not None:
+            yield name, quality[name]
 
 
 def pack_plan(
