@@ -1,6 +1,6 @@
 """Preparation: speed-up by workers beside bare decoding, a killed worker, and damaged files.
 
-Clips of 640x360 (moving gradients under noise) are prepared on Ray Data by one worker and by two,
+Clips of 640x360 (moving gradients under noise) are prepared on Ray by one worker and by two,
 and decoded by PyAV alone in one process and in two, in turn; medians of the rounds. A run that is
 worth a second worker takes hours, so what it does once is not in it: Ray runs, and its workers and
 the processes that only decode have their libraries, before the clock starts. All else is: listing

@@ -1,4 +1,4 @@
-"""Where units of work run: in this process, or on Ray Data over many processes and machines.
+"""Where units of work run: in this process, or as tasks of Ray over many processes and machines.
 
 A unit is a small JSON value, and so is its result; what a unit makes it writes to a file of its own
 under a name of its own, whole or not at all. So it does not matter who runs it, how often, or when:
@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -138,34 +137,30 @@ def _on_ray(
     engine: Engine, function: Callable, units: Sequence[dict], *, desc: str, unit: str
 ) -> list:
     import ray
-    from ray.data import DataContext
 
-    if not units:
-        return []
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = ray.data.from_items(
-        [{"unit": json.dumps(one)} for one in units], override_num_blocks=len(units)
-    )
-    # A task a unit. Ray Data runs one again, however often, that ends with its worker or machine.
-    done = rows.map(
-        functools.partial(_row, function),
-        num_cpus=1,
-        concurrency=min(engine.workers, len(units)) or None,
-    )
-    results = []
-    for row in progress.bar(done.iter_rows(), total=len(units), desc=desc, unit=unit):
-        told = json.loads(row["result"])
-        if "error" in told:
-            raise InputError(told["error"])
-        results.append(told["result"])
+    # Ray runs a task again, however often, that ends with its worker or machine.
+    task = ray.remote(num_cpus=1, max_retries=-1)(_told)
+    waiting, running, results = list(reversed(units)), [], []
+    try:
+        with progress.bar(total=len(units), desc=desc, unit=unit) as bar:
+            while waiting or running:
+                at_once = engine.workers or int(ray.cluster_resources().get("CPU", 1))
+                while waiting and len(running) < at_once:
+                    running.append(task.remote(function, waiting.pop()))
+                ended, running = ray.wait(running)
+                for told in ray.get(ended):
+                    if "error" in told:
+                        raise InputError(told["error"])
+                    results.append(told["result"])
+                    bar.update()
+    finally:
+        for one in running:  # a cluster that is not ours goes on
+            ray.cancel(one)
     return results
 
 
-def _row(function: Callable, row: dict) -> dict:
+def _told(function: Callable, unit: dict) -> dict:
     try:
-        told = {"result": function(json.loads(row["unit"]))}
+        return {"result": function(unit)}
     except InputError as error:
-        told = {"error": str(error)}
-    return {"result": json.dumps(told)}
+        return {"error": str(error)}

@@ -1,8 +1,8 @@
 """The optimizer: Muon on hidden matrices, AdamW on everything else, warm-up - stable - decay.
 
-Muon (Jordan et al. 2024; arXiv:2502.16982) orthogonalises the momentum of a matrix by Newton-Schulz
-steps, of which four are enough after preconditioning (Turbo-Muon, arXiv:2512.04632). A convolution
-counts as the matrix (taps x inputs, outputs), a stack of layers as that many matrices.
+Muon (Jordan et al. 2024; arXiv:2502.16982) orthogonalises the momentum of a matrix by five
+Newton-Schulz steps; a convolution counts as the matrix (taps x inputs, outputs), a stack of layers
+as that many matrices.
 """
 
 import dataclasses
@@ -70,8 +70,6 @@ def make(config: Config, steps: int, frozen: tuple[str, ...] = ()) -> optax.Grad
         optax.clip_by_global_norm(config.clip_norm),
         muon(
             schedule(config, steps, config.learning_rate),
-            ns_steps=4,
-            preconditioning="aol",
             weight_decay=config.weight_decay,
             weight_decay_mask=decayed,
             adam_b1=0.9,
