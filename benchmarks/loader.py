@@ -221,7 +221,7 @@ def training(folder: pathlib.Path) -> dict:
     made, optim, rules = stages.dit_training(run), run.optimizers["dit"], ShardingRules()
     cache = latents.Latents(run.path("latents"))
     counts = pipeline.token_counts(cache.index, run.words(), run.dit.patch)
-    block_steps = stages.pack_plan(run, cache.index, counts, "train", run.mix).block_steps
+    block_steps = stages.pack_plan(run, cache.index, counts, "train", run.mix, run.pack).block_steps
     data = made.batches(0)
     for _ in range(50):
         next(data)

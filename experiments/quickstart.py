@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
             "name": "quickstart",
             "seed": 0,
             "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "topology": "",  # the TPU slice that `vidsim compile` compiles for, as v5p:4x4x8
             "world": {
                 "clips": 640,
                 # width, height, frames, frames/s: landscape, portrait, longer, and pictures
@@ -162,6 +163,7 @@ def get_config() -> ConfigDict:
                 },
                 "text_dropout": 0.1,
                 "pack": {"lengths": (144,), "rows": 10, "max_segments": 6},
+                "earlier": (),  # phases of a curriculum before these values: stages/curriculum.py
                 "optimizer": {
                     "learning_rate": 1.5e-2,
                     "adam_learning_rate": 2e-3,

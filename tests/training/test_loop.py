@@ -9,7 +9,8 @@ import pytest
 from vidsim import files
 from vidsim.data import index
 from vidsim.errors import InputError
-from vidsim.training import checkpoint, loop
+from vidsim.parallel import mesh
+from vidsim.training import checkpoint, loop, throughput
 from vidsim.training.state import TrainState
 
 DATA = index.Summary("0", {}, {}, {})
@@ -36,6 +37,8 @@ def trained(folder, bad: set[int], *, steps: int = 60, first: int = 0) -> TrainS
             evaluators={},
             checkpoints=checkpoints,
             data=DATA,
+            timing=throughput.Throughput(mesh.make(mesh.Config())),
+            work=lambda batch: {},
             folder=str(folder),
             name="vae",
         )

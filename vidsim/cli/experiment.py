@@ -1,11 +1,13 @@
 """The flags of every verb that works on an experiment: --config and --workdir."""
 
 import json
+import re
 
 from absl import flags
 from ml_collections import config_flags
 
 from vidsim import compiling
+from vidsim.errors import InputError
 from vidsim.parallel import multihost
 from vidsim.stages import walk
 from vidsim.stages.run import Run
@@ -17,12 +19,36 @@ FLAGS = flags.FLAGS
 READERS = {"feature_network": lpips.load, "published": wan_vae.Weights}
 
 
-def define_flags() -> None:
+def define_config() -> None:
     config_flags.DEFINE_config_file(
         "config", None, "Experiment file; --config.a.b=value overrides a field."
     )
+    flags.mark_flag_as_required("config")
+
+
+def define_flags() -> None:
+    define_config()
     flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, samples, report.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flag_as_required("workdir")
+
+
+def define_profile() -> None:
+    flags.DEFINE_string(
+        "profile", "", "START:STOP: writes a trace of these steps of a training, for xprof."
+    )
+
+
+def traced() -> range:
+    """The steps that --profile names.
+
+    Raises:
+      InputError: it is not START:STOP.
+    """
+    found = re.fullmatch(r"(\d+):(\d+)", FLAGS.profile)
+    steps = range(*map(int, found.groups())) if found else range(0)
+    if FLAGS.profile and not steps:
+        raise InputError(f"--profile={FLAGS.profile} names no steps; give START:STOP, as 10:15")
+    return steps
 
 
 def read_run() -> Run:

@@ -6,7 +6,11 @@ from vidsim.stages import walk
 
 def define_flags() -> None:
     experiment.define_flags()
+    experiment.define_profile()
 
 
 def main() -> dict:
-    return walk.run_all(experiment.open_run())
+    steps = experiment.traced()
+    run = experiment.open_run()
+    run.profile = steps
+    return walk.run_all(run)

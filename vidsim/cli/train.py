@@ -11,8 +11,12 @@ MODELS = ("tokenizer", "vae", "finish", "dit")
 
 def define_flags() -> None:
     experiment.define_flags()
+    experiment.define_profile()
     flags.DEFINE_enum("model", None, MODELS, "Which model to train.", required=True)
 
 
 def main() -> dict:
-    return walk.do(experiment.open_run(FLAGS.model), FLAGS.model)
+    steps = experiment.traced()
+    run = experiment.open_run(FLAGS.model)
+    run.profile = steps
+    return walk.do(run, FLAGS.model)

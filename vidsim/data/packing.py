@@ -339,21 +339,30 @@ class Plan:
         return [[[(int(own[n]), *rest) for n, *rest in row] for row in rows] for rows in found]
 
 
+def shapes(
+    rows: int, *, length: int, max_segments: int, patch_values: int
+) -> dict[str, tuple[tuple[int, ...], type]]:
+    """Shape and type of every array of a pack."""
+    B, L, M = rows, length, max_segments
+    return {
+        "patches_BLP": ((B, L, patch_values), np.float32),
+        "text_ids_BL": ((B, L), np.int32),
+        "segment_ids_BL": ((B, L), np.int32),
+        "positions_BL3": ((B, L, 3), np.float32),
+        "is_text_BL": ((B, L), bool),
+        "given_BL": ((B, L), bool),
+        "time_index_BL": ((B, L), np.int32),
+        "sizes_BM3": ((B, M, 3), np.int32),
+    }
+
+
 def lay_out(
     rows: list[list[Segment]], *, length: int, max_segments: int, patch_values: int
 ) -> dict[str, np.ndarray]:
     """Rows of segments as a pack of rows of `length`."""
-    B, L, M = len(rows), length, max_segments
-    pack = {
-        "patches_BLP": np.zeros((B, L, patch_values), np.float32),
-        "text_ids_BL": np.zeros((B, L), np.int32),
-        "segment_ids_BL": np.zeros((B, L), np.int32),
-        "positions_BL3": np.zeros((B, L, 3), np.float32),
-        "is_text_BL": np.zeros((B, L), bool),
-        "given_BL": np.zeros((B, L), bool),
-        "time_index_BL": np.zeros((B, L), np.int32),
-        "sizes_BM3": np.ones((B, M, 3), np.int32),
-    }
+    wanted = shapes(len(rows), length=length, max_segments=max_segments, patch_values=patch_values)
+    pack = {name: np.zeros(shape, dtype) for name, (shape, dtype) in wanted.items()}
+    pack["sizes_BM3"][:] = 1
     for b, segments in enumerate(rows):
         at = 0
         for m, segment in enumerate(segments):

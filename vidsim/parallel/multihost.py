@@ -5,6 +5,7 @@ process may work for hours meanwhile, and collectives time out.
 """
 
 import collections
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -198,6 +199,25 @@ def fetch(tree):
         return np.asarray(leaf)
 
     return jax.tree.map(one, tree)
+
+
+def gathered(row: np.ndarray) -> jax.Array | np.ndarray:
+    """The rows of all processes, [processes, ...]; `fetch` it once the devices are that far.
+
+    They do it in their turn, so nobody waits for it here; all processes call it at the same point.
+    """
+    if jax.process_count() == 1:
+        return row[None]
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    grid = np.array(devices).reshape(jax.process_count(), -1)
+    mesh = jax.sharding.Mesh(grid, ("process", "device"))
+    own = global_batch(mesh, PartitionSpec("process"), row[None])
+    return _copied(NamedSharding(mesh, PartitionSpec()))(own)
+
+
+@functools.cache
+def _copied(sharding: NamedSharding):
+    return jax.jit(lambda x: x, out_shardings=sharding)
 
 
 def _failure(error: BaseException) -> dict:

@@ -5,6 +5,7 @@ import jax
 from vidsim.data import latents, prepare, tfds_source
 from vidsim.parallel import multihost
 from vidsim.sampling import generate
+from vidsim.stages import curriculum
 from vidsim.stages.run import Run, latent_mark, load_vae
 from vidsim.text import tokenizer
 from vidsim.worlds import physics as world
@@ -43,25 +44,30 @@ def train_tokenizer(run: Run) -> dict:
 
 def encode_latents(run: Run) -> dict:
     """Every host encodes its pieces on its own devices; process 0 writes the index."""
-    models, folder = load_vae(run), run.path("latents")
-    plan = latents.plan(
-        run.clips.index,
-        run.latents,
-        stride=run.stride,
-        channels=run.vae.latent_channels,
-        mark=latent_mark(run, models),
-    )
+    models = load_vae(run)
 
-    def encode_share():
-        latents.encode(
-            folder,
-            plan,
-            run.clips,
-            generate.encoder_over(models, jax.local_devices()),
-            hosts=(jax.process_index(), jax.process_count()),
-            devices=jax.local_device_count(),
-            threads=run.pipeline.threads,
+    def encode(folder: str, config: latents.Config) -> dict:
+        plan = latents.plan(
+            run.clips.index,
+            config,
+            stride=run.stride,
+            channels=run.vae.latent_channels,
+            mark=latent_mark(run, models, config),
         )
 
-    multihost.run_everywhere(encode_share, "encode")
-    return multihost.run_once(lambda: latents.finish(folder, plan), "latent index")
+        def encode_share():
+            latents.encode(
+                run.path(folder),
+                plan,
+                run.clips,
+                generate.encoder_over(models, jax.local_devices()),
+                hosts=(jax.process_index(), jax.process_count()),
+                devices=jax.local_device_count(),
+                threads=run.pipeline.threads,
+            )
+
+        multihost.run_everywhere(encode_share, "encode")
+        return multihost.run_once(lambda: latents.finish(run.path(folder), plan), "latent index")
+
+    found = {folder: encode(folder, config) for folder, config in run.caches.items()}
+    return found if len(found) > 1 else found[curriculum.CACHE]

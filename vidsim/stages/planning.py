@@ -7,6 +7,7 @@ import numpy as np
 
 from vidsim.data import buckets, latents, mixture, packing, pipeline
 from vidsim.data.rows import Samples
+from vidsim.stages.curriculum import Phase
 from vidsim.stages.run import Run
 from vidsim.stages.training import pack_plan
 from vidsim.text.tokenizer import Tokenizer
@@ -60,14 +61,21 @@ def pixel_buckets(run: Run) -> tuple[Table, dict]:
     return table, {"clips": held, "left_out": trained - held, "draws": draws, "buckets": rows}
 
 
-def latent_packs(run: Run) -> tuple[Table, dict]:
-    """The packs of a block of steps, of the latent cache or of what would be encoded."""
-    if run.path("latents", "cache.json").is_file():
-        index, of = latents.Latents(run.path("latents")).index, "latents"
+def latent_packs(run: Run) -> tuple[str, dict | list[dict]]:
+    """The packs of a block of steps of each phase of the curriculum; of one phase, its alone."""
+    found = [_packs_of(run, phase) for phase in run.phases]
+    text = "\n".join(str(table) for table, _ in found)
+    return text, [summary for _, summary in found] if len(found) > 1 else found[0][1]
+
+
+def _packs_of(run: Run, phase: Phase) -> tuple[Table, dict]:
+    """The packs of a phase, of its latent cache or of what would be encoded."""
+    if run.path(phase.cache, "cache.json").is_file():
+        index, of = latents.Latents(run.path(phase.cache)).index, "latents"
     else:
         planned = latents.plan(
             run.clips.index,
-            run.latents,
+            phase.latents,
             stride=run.stride,
             channels=run.vae.latent_channels,
             mark="planned",
@@ -75,7 +83,7 @@ def latent_packs(run: Run) -> tuple[Table, dict]:
         index, of = planned.rows, "latents that would be encoded"
     words = run.words() if run.path("tokenizer.model").is_file() else None
     samples = _samples(run, index, words)
-    plan = pack_plan(run, index, samples, "train", run.mix)
+    plan = pack_plan(run, index, samples, "train", phase.mix, phase.pack)
     measured: dict[int, list[tuple[int, float, float]]] = {}
     for step in range(plan.block_steps):
         facts = packing.facts(plan[step], samples, run.dit.width)
@@ -88,9 +96,9 @@ def latent_packs(run: Run) -> tuple[Table, dict]:
         found.append(
             {
                 "row_tokens": length,
-                "rows": run.pack.tokens // length,
+                "rows": phase.pack.tokens // length,
                 "steps": round(len(steps) / plan.block_steps, 4),
-                "valid": round(float(valid.sum()) / (len(steps) * run.pack.tokens), 4),
+                "valid": round(float(valid.sum()) / (len(steps) * phase.pack.tokens), 4),
                 "images": round(float(images.mean()), 4),
                 "cost_spread": round(float(spread.mean()), 4),
                 "largest_cost_spread": round(float(spread.max()), 4),
@@ -115,7 +123,8 @@ def latent_packs(run: Run) -> tuple[Table, dict]:
         notes.append(f"without a tokenizer, {run.text.max_tokens} tokens a caption are reserved")
     draws, more = _draws(plan.mixture)
     count = sum(row["split"] == "train" for row in index)
-    table = Table(f"packs of {count} training {of}", head, lines, notes + more)
+    which = f" from step {phase.first} on" if len(run.phases) > 1 else ""
+    table = Table(f"packs of {count} training {of}{which}", head, lines, notes + more)
     return table, {"latents": count, "draws": draws, "packs": found}
 
 

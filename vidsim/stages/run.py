@@ -21,6 +21,7 @@ from vidsim.models import discriminator, dit, vae
 from vidsim.models.autoencoder import Grid, Statistics
 from vidsim.parallel import mesh as meshes
 from vidsim.sampling import generate, modes
+from vidsim.stages import curriculum
 from vidsim.text import encoder, tokenizer
 from vidsim.training import checkpoint, loop, objectives, optimizer, vae_losses
 from vidsim.worlds import physics as world
@@ -44,6 +45,8 @@ class Run:
       InputError: a section, a key or a value of the experiment is wrong; the folder belongs to
         another experiment.
     """
+
+    profile = range(0)  # the steps of every training that a trace is written of
 
     def __init__(
         self,
@@ -99,6 +102,12 @@ class Run:
             ):
                 where = f"vae.finish.{part}" if changed else f"{name}.{part}"
                 found[name] = build(cls, {**section[part], **changed.get(part, {})}, where=where)
+        self.phases = curriculum.phases(
+            config["dit"]["earlier"],
+            curriculum.Phase(
+                0, self.loops["dit"].steps, curriculum.CACHE, self.latents, self.pack, self.mix
+            ),
+        )
         self.feature_networks = {}
         for name in ("vae", "finish"):
             loss = self.losses.get(name)
@@ -127,7 +136,7 @@ class Run:
         for frames, (width, height) in shapes:
             self.vae.latent_size(frames, height, width)
         whole = [self.sample.frames, self.sample.given_frames, self.evaluation.physics_frames]
-        for frames in [*whole, self.latents.max_frames]:
+        for frames in [*whole, *(phase.latents.max_frames for phase in self.phases)]:
             self.vae.latent_size(frames, tokens, tokens)
         sizes = [*self.sample.sizes]
         if self.rendered:
@@ -184,6 +193,11 @@ class Run:
         if twice:
             raise InputError(f"two of data.sources are named {twice[0]!r}; give each its own name")
         return tuple(found)
+
+    @property
+    def caches(self) -> dict[str, latents.Config]:
+        """The folders of latents and what each holds; phases may share one."""
+        return {phase.cache: phase.latents for phase in self.phases}
 
     @property
     def mix(self) -> sources.Mix:
@@ -316,6 +330,7 @@ class Experiment:
     name: str
     seed: int
     mesh: Mapping
+    topology: str  # the TPU slice that `compile` compiles for, such as v5p:4x4x8; "": none
     world: Mapping
     data: Mapping
     pipeline: Mapping
@@ -357,6 +372,7 @@ class DiTSection:
     conditions: Mapping
     text_dropout: float
     pack: Mapping
+    earlier: tuple[Mapping, ...]  # phases before the one of these values, see curriculum.py
     optimizer: Mapping
     loop: Mapping
 
@@ -424,11 +440,11 @@ def load_vae(run: Run, weights: str = "ema") -> generate.Models:
     return vae_only(run, exported.restore_vae(folder, run.vae, weights), statistics)
 
 
-def latent_mark(run: Run, models: generate.Models) -> str:
+def latent_mark(run: Run, models: generate.Models, config: latents.Config) -> str:
     """The fingerprint of the latents that these models make: another decoder makes no others."""
     encoder = {k: v for k, v in models.vae_params.items() if k.startswith("encoder")}
     made_by = {"params": encoder, "statistics": models.statistics}
-    return latents.fingerprint(made_by, run.latents, run.stride, fps=run.data.fps)
+    return latents.fingerprint(made_by, config, run.stride, fps=run.data.fps)
 
 
 def load_models(run: Run, weights: str = "ema") -> generate.Models:
@@ -441,7 +457,7 @@ def load_models(run: Run, weights: str = "ema") -> generate.Models:
 
 def trained_on(run: Run) -> modes.Trained | None:
     """What the transformer learned from, by the latent cache; None where that is gone."""
-    path = run.path("latents", "index.jsonl")
+    path = run.path(run.phases[-1].cache, "index.jsonl")
     rows = files.read_jsonl(path) if path.is_file() else []
     grids = [row["grid"] for row in rows if row["split"] == "train"]
     if not grids:

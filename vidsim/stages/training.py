@@ -2,11 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from vidsim import files, trees
 from vidsim.data import buckets, index, latents, mixture, packing, pipeline, sources
@@ -19,32 +22,42 @@ from vidsim.models import dit, vae
 from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
+from vidsim.stages import curriculum
 from vidsim.stages.run import Run, latent_mark, load_vae, vae_only
 from vidsim.stages.showing import sample_step, vae_plan
 from vidsim.training import (
     checkpoint,
+    flops,
     loop,
     metrics,
     objectives,
     optimizer,
     state,
     step,
+    throughput,
     vae_losses,
 )
 
 
-@dataclasses.dataclass
-class Training:
-    """What differs between the models that the one loop trains."""
+@dataclasses.dataclass(kw_only=True)
+class Task:
+    """A model and what it learns, whatever it learns from."""
 
     name: str
     make_model: Callable
     objective: step.Objective
+    work: throughput.Work
+    frozen: tuple[str, ...] = ()  # how the names of parameters begin that stay as they are
+    constants: tuple = ()  # trees of arrays that the objective reads beside the parameters
+
+
+@dataclasses.dataclass(kw_only=True)
+class Training(Task):
+    """What differs between the models that the one loop trains."""
+
     batches: Callable[[int], object]
     data: index.Summary
     evaluators: Callable[[Run], dict]
-    frozen: tuple[str, ...] = ()  # how the names of parameters begin that stay as they are
-    constants: tuple = ()  # trees of arrays that the objective reads beside the parameters
     start: Callable[[], dict] = dict  # parameters that a new state takes from elsewhere, by part
 
 
@@ -59,7 +72,7 @@ def _trained_vae(run: Run, stage: str) -> Callable:
     return lambda rngs: vae_losses.TrainedVAE(vae.VAE(run.vae, rngs), loss, run.discriminator, rngs)
 
 
-def vae_training(run: Run, stage: str = "vae") -> Training:
+def vae_task(run: Run, stage: str = "vae") -> Task:
     make_model, loss = _trained_vae(run, stage), run.losses[stage]
     network = run.feature_networks.get(stage)
     if loss.perceptual_weight and network is None:
@@ -68,6 +81,18 @@ def vae_training(run: Run, stage: str = "vae") -> Training:
             "Run what reads its file, as the command line does"
         )
     graphdef = state.graph_of(make_model)
+    return Task(
+        name=stage,
+        make_model=make_model,
+        objective=objectives.bind(
+            vae_losses.vae_loss, graphdef, loss, network.features if network else None
+        ),
+        work=functools.partial(throughput.work_of_clips, run.vae),
+        constants=(network.params,) if network else (),
+    )
+
+
+def vae_training(run: Run, stage: str = "vae") -> Training:
     plan = buckets.plan(
         run.clips.index,
         "train",
@@ -80,17 +105,12 @@ def vae_training(run: Run, stage: str = "vae") -> Training:
     _say_left_out(run, plan)
     parts = run.batch_devices()
     return Training(
-        name=stage,
-        make_model=make_model,
-        objective=objectives.bind(
-            vae_losses.vae_loss, graphdef, loss, network.features if network else None
-        ),
+        **vars(vae_task(run, stage)),
         batches=lambda start: pipeline.pixels(
             run.clips, plan, run.pipeline, start=start, rows=(_local_rows(run, parts), parts)
         ),
         data=index.summary(run.clips.index, captions=False, draws=_draws(run)),
         evaluators=lambda run: {"val": functools.partial(_vae_validation, run)},
-        constants=(network.params,) if network else (),
     )
 
 
@@ -133,7 +153,12 @@ def _vae_validation(run: Run, train_state, step_number):
 
 
 def pack_plan(
-    run: Run, index: Sequence[dict], counts: Samples, split: str, mix: sources.Mix
+    run: Run,
+    index: Sequence[dict],
+    counts: Samples,
+    split: str,
+    mix: sources.Mix,
+    pack: packing.Config,
 ) -> packing.Plan:
     """The packs of a split of latents, whose rows are `index` and whose tokens `counts`."""
     samples = [n for n, row in enumerate(index) if row["split"] == split]
@@ -142,29 +167,47 @@ def pack_plan(
             f"no {split} latents among {len(index)}; lower data.validation_share or add clips"
         )
     draws = mixture.Mixture(sources.groups(index, samples, mix), seed=run.pipeline.seed)
-    return packing.Plan(counts, draws, run.pack, width=run.dit.width)
+    return packing.Plan(counts, draws, pack, width=run.dit.width)
 
 
-def dit_training(run: Run) -> Training:
-    words = run.words()
-    cache = latents.Latents(run.path("latents"), mark=latent_mark(run, load_vae(run)))
-    if run.pack.rows % run.batch_devices():
-        raise InputError(
-            f"dit.pack.rows={run.pack.rows} does not divide over {run.batch_devices()} devices "
-            f"(mesh replica x fsdp); use a multiple of {run.batch_devices()}"
-        )
+def dit_task(run: Run) -> Task:
     values = exported.patch_values(run.vae, run.dit)
 
     def make_model(rngs):
         return dit.DiT(run.dit, run.text, values, rngs)
 
-    graphdef = state.graph_of(make_model)
+    objective = objectives.bind(
+        objectives.dit_loss,
+        state.graph_of(make_model),
+        run.dit.prediction,
+        run.times,
+        run.losses["dit"],
+    )
+    work = functools.partial(throughput.work_of_packs, flops.of_packs(run.dit, values))
+    return Task(name="dit", make_model=make_model, objective=objective, work=work)
 
-    def load(drawn: conditions.Config, dropout: float, rows: tuple[slice, int]):
+
+def dit_training(run: Run) -> Training:
+    words, task = run.words(), dit_task(run)
+    models = load_vae(run)
+    caches = {
+        folder: latents.Latents(run.path(folder), mark=latent_mark(run, models, config))
+        for folder, config in run.caches.items()
+    }
+    counts = {
+        folder: pipeline.token_counts(cache.index, words, run.dit.patch)
+        for folder, cache in caches.items()
+    }
+
+    def plan(phase: curriculum.Phase, split: str, mix: sources.Mix) -> packing.Plan:
+        index = caches[phase.cache].index
+        return pack_plan(run, index, counts[phase.cache], split, mix, phase.pack)
+
+    def load(phase, drawn: conditions.Config, dropout: float, rows: tuple[slice, int]):
         return pipeline.LoadPack(
-            latents=cache,
+            latents=caches[phase.cache],
             tokenizer=words,
-            pack=run.pack,
+            pack=phase.pack,
             conditions=drawn,
             text_dropout=dropout,
             patch=run.dit.patch,
@@ -175,18 +218,34 @@ def dit_training(run: Run) -> Training:
         )
 
     parts = run.batch_devices()
+    for phase in run.phases:
+        if phase.pack.rows % parts:
+            raise InputError(
+                f"rows={phase.pack.rows} of packs, from step {phase.first} on, do not divide over "
+                f"{parts} devices (mesh replica x fsdp); use a multiple of {parts}"
+            )
     own_rows = (_local_rows(run, parts), parts)
-    counts = pipeline.token_counts(cache.index, words, run.dit.patch)
-    plan = pack_plan(run, cache.index, counts, "train", run.mix)
+    plans = [plan(phase, "train", phase.mix) for phase in run.phases]
+
+    def batches(start: int):
+        """The steps of one phase after those of another; `start` is in any of them."""
+        for phase, planned in zip(run.phases, plans, strict=True):
+            steps = range(max(start, phase.first), phase.end)
+            if steps:
+                own = load(phase, run.conditions, run.text_dropout, own_rows)
+                data = pipeline.packs(own, planned, run.pipeline, start=steps[0] - phase.first)
+                yield from itertools.islice(data, len(steps))
 
     def evaluators(run: Run) -> dict:
         samples = {"samples": functools.partial(sample_step, run)}
-        if all(row["split"] != "validation" for row in cache.index):
+        last = run.phases[-1]  # the same for all steps, so that they compare
+        if all(row["split"] != "validation" for row in caches[last.cache].index):
             return samples
-        held_out = pack_plan(run, cache.index, counts, "validation", sources.Mix())
-        one_host = load(run.conditions, 0.0, (slice(0, 1), 1))
+        held_out = plan(last, "validation", sources.Mix())
+        one_host = load(last, run.conditions, 0.0, (slice(0, 1), 1))
         data = pipeline.packs(one_host, held_out, run.pipeline, start=0)
         packs = [next(data) for _ in range(run.evaluation.batches)]
+        graphdef = state.graph_of(task.make_model)
         error_at = jax.jit(functools.partial(objectives.x0_error_at, graphdef, run.dit.prediction))
 
         def validate(train_state, step_number):
@@ -197,16 +256,10 @@ def dit_training(run: Run) -> Training:
         return {"val": validate, **samples}
 
     return Training(
-        name="dit",
-        make_model=make_model,
-        objective=objectives.bind(
-            objectives.dit_loss, graphdef, run.dit.prediction, run.times, run.losses["dit"]
-        ),
-        batches=lambda start: pipeline.packs(
-            load(run.conditions, run.text_dropout, own_rows), plan, run.pipeline, start=start
-        ),
+        **vars(task),
+        batches=batches,
         data=index.summary(
-            cache.index,
+            _joined({folder: cache.index for folder, cache in caches.items()}),
             captions=True,
             draws=_draws(run) | {"caption_weights": dict(run.data.caption_weights)},
         ),
@@ -214,12 +267,47 @@ def dit_training(run: Run) -> Training:
     )
 
 
+def _joined(indices: dict[str, list[dict]]) -> list[dict]:
+    """The rows of all caches; of several, their ids begin with the folder, so they stay apart."""
+    if len(indices) == 1:
+        return next(iter(indices.values()))
+    return [
+        {**row, "id": f"{folder}/{row['id']}"} for folder, rows in indices.items() for row in rows
+    ]
+
+
+class Program(NamedTuple):
+    """What a task is trained with on a mesh."""
+
+    tx: optax.GradientTransformation
+    shardings: state.TrainState
+    step: Callable
+
+
+def program(run: Run, task: Task, mesh: jax.sharding.Mesh) -> Program:
+    """The program of a task: the one that runs is the one that `compile` compiles."""
+    rules = ShardingRules()
+    optim = run.optimizers[task.name]
+    tx = optimizer.make(optim, run.loops[task.name].steps, task.frozen)
+    shardings = state.shardings(task.make_model, tx, mesh, rules)
+    step_fn = step.make_step(
+        task.objective,
+        tx,
+        optim,
+        seed=run.seed,
+        mesh=mesh,
+        rules=rules,
+        state_shardings=shardings,
+        frozen=task.frozen,
+        constants=task.constants,
+    )
+    return Program(tx, shardings, step_fn)
+
+
 def train(run: Run, training: Training) -> dict:
     """Trains one model from its newest checkpoint to the end."""
-    rules = ShardingRules()
-    loop_config, optim = run.loops[training.name], run.optimizers[training.name]
-    tx = optimizer.make(optim, loop_config.steps, training.frozen)
-    shardings = state.shardings(training.make_model, tx, run.mesh, rules)
+    timing = throughput.Throughput(run.mesh)
+    tx, shardings, step_fn = program(run, training, run.mesh)
     checkpoints = checkpoint.Checkpoints(run.path(training.name, "checkpoints"))
     try:
         if checkpoints.latest is None:
@@ -231,20 +319,9 @@ def train(run: Run, training: Training) -> dict:
             on_change = run.data.on_change
             first = checkpoints.restore(abstract, data=training.data, on_change=on_change)
             _note_change(run, training, checkpoints)
-        step_fn = step.make_step(
-            training.objective,
-            tx,
-            optim,
-            seed=run.seed,
-            mesh=run.mesh,
-            rules=rules,
-            state_shardings=shardings,
-            frozen=training.frozen,
-            constants=training.constants,
-        )
-        spec = step.batch_sharding(run.mesh, rules).spec
+        spec = step.batch_sharding(run.mesh, ShardingRules()).spec
         last = loop.run(
-            loop_config,
+            run.loops[training.name],
             first,
             step_fn,
             batches=lambda start: (
@@ -253,6 +330,9 @@ def train(run: Run, training: Training) -> dict:
             evaluators=training.evaluators(run),
             checkpoints=checkpoints,
             data=training.data,
+            timing=timing,
+            work=training.work,
+            profile=run.profile,
             folder=str(run.path(training.name)),
             name=training.name,
         )

@@ -7,7 +7,7 @@ A stage reads the work folder, leaves its output there, and is skipped when that
     tokenizer.model
     vae/          checkpoints, metrics, latent_statistics.json
     finish/       checkpoints, metrics of the decoder alone  (if the experiment has vae.finish)
-    latents/      the latent cache
+    latents/      the latent cache; of a curriculum, one for each size and length
     dit/          checkpoints, metrics
     samples/      by training step, of every mode, of the evaluation
     evaluation.json, report.html
@@ -54,7 +54,7 @@ def _vae(run: Run):
 
 
 def _latents(run: Run):
-    return latents.Latents(run.path("latents"))
+    return [latents.Latents(run.path(folder)) for folder in run.caches]
 
 
 def _dit(run: Run):

@@ -3,6 +3,7 @@
 Order within an iteration: evaluate, checkpoint, and only then fetch data and step. So a checkpoint
 of step n and the data position n always agree, and a resumed run repeats what the uninterrupted one
 did. Metrics of a step are fetched after the next one is under way: the device never waits for them.
+No more than two steps are under way at once, so that each can be timed.
 SIGTERM saves at once, without the evaluation that may be due: the next start makes up for it.
 """
 
@@ -20,7 +21,9 @@ from vidsim.errors import InputError, Restart
 from vidsim.parallel import multihost
 from vidsim.training.checkpoint import Checkpoints
 from vidsim.training.metrics import MetricsWriter, has_evaluation
+from vidsim.training.profile import Trace
 from vidsim.training.state import TrainState
+from vidsim.training.throughput import Throughput, Work
 
 MOST_SKIPPED = 20  # steps in a row: a model that does not recover from so many never will
 
@@ -75,8 +78,11 @@ def run(
     evaluators: dict[str, Evaluator],
     checkpoints: Checkpoints,
     data: index.Summary,
+    timing: Throughput,
+    work: Work,
     folder: str,
     name: str,
+    profile: range = range(0),
 ) -> TrainState:
     """Trains from `state.step` to `config.steps` and returns the last state, saved.
 
@@ -85,6 +91,8 @@ def run(
       batches: the iterator of global batches from a step on; pure in the step.
       data: what they come from, as checkpoints remember it.
       evaluators: by name; their values are logged as `name/value`.
+      work: what a batch is worth, for the numbers of `timing`.
+      profile: the steps to trace, into `folder`.
 
     Raises:
       InputError: `MOST_SKIPPED` steps in a row, or more, were not finite when one was logged.
@@ -95,16 +103,17 @@ def run(
     writer = MetricsWriter(folder, step=first) if multihost.is_main() else None
     if writer and first:
         print(f"{name} resumes at step {first}", file=sys.stderr)
-    pending: tuple[int, dict] | None = None
+    pending: tuple[int, dict, dict] | None = None
     skipped = 0.0  # steps in a row, counted on the device
 
     def log():
         nonlocal pending
         if pending is None:
             return
-        step, metrics = pending
+        step, metrics, interval = pending
         pending = None
-        metrics = multihost.fetch(metrics)
+        metrics, interval = multihost.fetch((metrics, interval))
+        metrics |= timing.numbers(interval)
         bar.set_postfix(loss=f"{float(metrics['loss']):.4f}", refresh=False)
         if writer:
             writer.write(step, metrics)
@@ -119,6 +128,7 @@ def run(
     stream = None
     with (
         Preemption() as preemption,
+        Trace(f"{folder}/profile", profile) as trace,
         progress.bar(total=config.steps, desc=name, unit="step", initial=first) as bar,
     ):
         for step in range(first, config.steps + 1):
@@ -126,6 +136,7 @@ def run(
             stop = preemption.at(step)
             due = step > 0 and (last or step % config.evaluate_every == 0)
             if due and not stop and not (step == first and evaluated):
+                timing.pause()
                 log()
                 for label, evaluate in evaluators.items():
                     values = {f"{label}/{key}": value for key, value in evaluate(state, step)}
@@ -134,17 +145,22 @@ def run(
                 # Process 0 may evaluate for longer than the others' collectives wait.
                 multihost.barrier(f"{name} evaluated")
             if stop or last or (step > first and step % config.checkpoint_every == 0):
+                timing.pause()
                 log()
                 checkpoints.save(state, step=step, data=data)
             if stop or last:
                 break
             if stream is None:
                 stream = batches(step)
-            state, metrics = step_fn(state, next(stream))
+            trace.before(step, timing.pause)
+            with timing.waiting():
+                batch = next(stream)
+            state, metrics = step_fn(state, batch)
+            timing.dispatched(metrics["loss"], work(batch))
             log()
             skipped = _in_a_row(skipped, metrics["skipped"])
             if (step + 1) % config.log_every == 0:
-                pending = (step + 1, metrics)
+                pending = (step + 1, metrics, timing.interval(config.log_every))
             if step == first:
                 bar.unpause()  # the time to compile says nothing of the steps to come
             bar.update()

@@ -1,0 +1,27 @@
+"""The shape of Wan 2.1's 14B on 8 chips of TPU v5p, beside MaxDiffusion's (arXiv:2503.20314).
+
+    vidsim compile --config=experiments/dit_14b_wan.py
+
+40 layers of width 5120, and as many parameters as Wan's with its cross-attention: here prompts are
+in the row. Two clips of 81 x 720 x 1280 at Wan's stride of 4 x 16 x 16 pixels a token are 2 x 75,600
+tokens. MaxDiffusion's step at these peaks at 40.85 GiB a device, in bfloat16 and without averages of
+the parameters; so this is without them, too. What is not named here is as in `dit_7b.py`.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import ConfigDict
+
+BASE = pathlib.Path(__file__).with_name("dit_7b.py")
+
+
+def get_config() -> ConfigDict:
+    config = runpy.run_path(str(BASE))["get_config"]()
+    config.name = "dit_14b_wan"
+    config.topology = "v5p:2x2x2"
+    config.mesh.update(fsdp=2, sequence=4)
+    config.dit.model.update(width=5120, depth=40, heads=40, mlp_hidden=16_000)
+    config.dit.pack.update(lengths=(75_600,), rows=2, max_segments=1)
+    config.dit.earlier = ()
+    return config

@@ -1,0 +1,234 @@
+"""The training step compiled for a TPU slice that is not there: does it fit, and how fast can it be?
+
+XLA's compiler for TPU is a library that runs on any x86 machine, so the very step that trains is
+compiled for a slice that is only named. What it makes of it is read from the program
+(training/hlo.py) and held against the chip (parallel/chips.py).
+
+    compute       FLOPs of the program / FLOP/s
+    memory        traffic with the HBM / its bandwidth
+    interconnect  sum over mesh axes: what is sent along it / the bandwidth of its links
+    roofline      the largest of these: all of them perfectly overlapped
+    scheduled     sum over the operations of the larger of compute and memory, and of the exchange
+                  of what nothing runs beside
+
+The MFU that a time allows is model FLOPs (training/flops.py) / (time x devices x FLOP/s).
+"""
+
+import collections
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import time
+
+import jax
+import numpy as np
+
+from vidsim.errors import InputError
+from vidsim.parallel import chips
+from vidsim.training import hlo
+
+REMEDY = "pip install 'vidsim[tpu]', on any x86-64 Linux; no TPU is needed"
+GIB = chips.GIB
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+    """The devices of a named slice, such as `v5p:4x4x8`, to compile for.
+
+    Raises:
+      InputError: there is no such slice, or no compiler.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            f"compiling for {topology} needs XLA's compiler for TPU, which is not here; {REMEDY}"
+        )
+    # It would look for a TPU of this machine, and wait for a service that only a cloud has.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(topology, platform="tpu").devices
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise InputError(
+            f"topology {topology!r} is no TPU slice that the compiler knows "
+            f"({str(error).splitlines()[0]}); give one such as v5e:4x8, v5p:4x4x8, v6e:8x8 or "
+            "tpu7x:4x4x4"
+        ) from error
+    if chips.of(devices[0]) is None:
+        raise InputError(
+            f"{topology} has chips of the kind {devices[0].device_kind!r}, of which parallel/chips.py "
+            f"has no datasheet; use one of {', '.join(chips.CHIPS)}"
+        )
+    return devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device."""
+
+    arguments: float
+    temporaries: float
+    peak: float  # arguments, temporaries, program, and outputs that take no argument's place
+    limit: float  # what the chip has
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step, by what takes them; per device."""
+
+    flops: float
+    traffic: float  # bytes
+    compute: float
+    memory: float
+    interconnect: dict[str, float]  # by mesh axes
+    scheduled: float
+    exposed: float  # of the interconnect, in `scheduled`
+
+    @property
+    def parts(self) -> dict[str, float]:
+        return {
+            "compute": self.compute,
+            "memory": self.memory,
+            "interconnect": sum(self.interconnect.values()),
+        }
+
+    @property
+    def roofline(self) -> float:
+        return max(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """Collectives of one kind over the same mesh axes in a step, per device."""
+
+    kind: str
+    axes: str
+    count: int
+    bytes: float  # sent
+    seconds: float
+    hidden: float  # of these, while something else runs
+    largest: str  # array
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What became of one program."""
+
+    memory: Memory | None  # None where it does not fit and the compiler did not say by how much
+    fits: bool
+    compile_seconds: float
+    estimate: Estimate | None = None
+    exchanges: tuple[Exchange, ...] = ()
+    xla_flops: float | None = None  # which counts the body of a loop once, and no kernel
+
+
+def compile_program(program, arguments: tuple, mesh: jax.sharding.Mesh) -> Result:
+    """Compiles a jitted function at abstract arguments whose shardings are over `mesh`."""
+    chip = chips.of(mesh.devices.flat[0])
+    lowered = program.lower(*arguments)
+    begin = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        seconds = time.perf_counter() - begin
+        return Result(_out_of_memory(error, chip), False, seconds)
+    seconds = time.perf_counter() - begin
+    stats = compiled.memory_analysis()
+    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    peak += stats.output_size_in_bytes - stats.alias_size_in_bytes
+    peak += stats.generated_code_size_in_bytes
+    memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, peak, chip.memory)
+    operations = list(hlo.operations(compiled.as_text()))
+    return Result(
+        memory,
+        peak <= chip.memory,
+        seconds,
+        estimate(operations, mesh),
+        exchanges(operations, mesh),
+        (compiled.cost_analysis() or {}).get("flops"),
+    )
+
+
+def _out_of_memory(error: Exception, chip: chips.Chip) -> Memory | None:
+    """What the compiler says that the program needs.
+
+    Raises:
+      JaxRuntimeError: it ended for another reason.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+    if not found:
+        return None
+    used = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]
+    return Memory(np.nan, np.nan, used, chip.memory)
+
+
+def axes_of(one: hlo.Collective, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """The mesh axes along which the devices of a collective differ."""
+    places = [np.array(np.unravel_index(group, mesh.devices.shape)) for group in one.groups]
+    differ = np.any([(place != place[:, :1]).any(axis=1) for place in places], axis=0)
+    return tuple(np.array(mesh.axis_names)[differ].tolist())
+
+
+def estimate(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> Estimate:
+    """What the operations of a program take at the least."""
+    chip = chips.of(mesh.devices.flat[0])
+    seconds = functools.partial(_seconds, mesh)
+    flops = sum(one.times * one.flops for one in operations)
+    traffic = sum(one.times * one.bytes for one in operations)
+    by_axes: dict[str, float] = collections.defaultdict(float)
+    scheduled = exposed = 0.0
+    for one in operations:
+        scheduled += one.times * max(one.flops / chip.flops, one.bytes / chip.bandwidth)
+        if one.collective:
+            taken, hidden = seconds(one)
+            by_axes["+".join(axes_of(one.collective, mesh))] += one.times * taken
+            exposed += one.times * (taken - hidden)
+    return Estimate(
+        flops,
+        traffic,
+        flops / chip.flops,
+        traffic / chip.bandwidth,
+        dict(by_axes),
+        scheduled + exposed,
+        exposed,
+    )
+
+
+def _seconds(mesh: jax.sharding.Mesh, one: hlo.Operation) -> tuple[float, float]:
+    """(seconds of a collective, how many of them other operations run meanwhile)."""
+    chip = chips.of(mesh.devices.flat[0])
+    taken = chips.seconds(one.collective.kind, one.collective.sent, mesh, axes_of(one.collective, mesh))
+    meanwhile = sum(
+        other.times / one.times * max(other.flops / chip.flops, other.bytes / chip.bandwidth)
+        for other in one.hidden_by
+    )
+    return taken, min(taken, meanwhile)
+
+
+def exchanges(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> tuple[Exchange, ...]:
+    """The collectives of a step by kind and mesh axes, the largest first."""
+    groups: dict[tuple[str, str], list[hlo.Operation]] = collections.defaultdict(list)
+    for one in operations:
+        if one.collective:
+            key = one.collective.kind, "+".join(axes_of(one.collective, mesh))
+            groups[key].append(one)
+    found = []
+    for (kind, axes), members in groups.items():
+        timed = [(one.times, *_seconds(mesh, one)) for one in members]
+        largest = max((a for one in members for a in one.collective.arrays), key=lambda a: a.bytes)
+        found.append(
+            Exchange(
+                kind,
+                axes,
+                sum(one.times for one in members),
+                sum(one.times * one.collective.sent for one in members),
+                sum(times * taken for times, taken, _ in timed),
+                sum(times * hidden for times, _, hidden in timed),
+                f"{largest.dtype}[{','.join(map(str, largest.dims))}]",
+            )
+        )
+    return tuple(sorted(found, key=lambda one: -one.seconds))
