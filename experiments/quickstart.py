@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         {
             "name": "quickstart",
             "seed": 0,
-            "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "mesh": {"replica": 1, "ring": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
             "world": {
                 "clips": 640,
                 # width, height, frames, frames/s: landscape, portrait, longer, and pictures
@@ -117,6 +117,7 @@ def get_config() -> ConfigDict:
                     "warmup_steps": 20,
                     "decay_steps": 1700,
                     "clip_norm": 1.0,
+                    "accumulate": 1,
                     "ema_sigma_rel": 0.05,
                 },
                 "loop": {
@@ -169,6 +170,7 @@ def get_config() -> ConfigDict:
                     "warmup_steps": 20,
                     "decay_steps": 500,
                     "clip_norm": 1.0,
+                    "accumulate": 1,
                     "ema_sigma_rel": 0.02,
                 },
                 "loop": {

@@ -50,7 +50,7 @@ class Training:
 
 def _local_rows(run: Run, rows: int) -> slice:
     """Which rows of a batch this process loads; those of a tensor axis may be shared."""
-    spec = step.batch_sharding(run.mesh, ShardingRules()).spec
+    spec = ShardingRules().spec(("batch",))
     return multihost.local_rows(run.mesh, spec, rows)
 
 
@@ -153,6 +153,13 @@ def dit_training(run: Run) -> Training:
             f"dit.pack.rows={run.pack.rows} does not divide over {run.batch_devices()} devices "
             f"(mesh replica x fsdp); use a multiple of {run.batch_devices()}"
         )
+    parts = run.mesh.shape["ring"] * run.mesh.shape["sequence"]
+    for length in run.pack.lengths:
+        if length % parts:
+            raise InputError(
+                f"dit.pack.lengths={run.pack.lengths}: {length} does not divide over {parts} "
+                f"devices (mesh ring x sequence); use a multiple of {parts}"
+            )
     values = exported.patch_values(run.vae, run.dit)
 
     def make_model(rngs):
@@ -242,13 +249,13 @@ def train(run: Run, training: Training) -> dict:
             frozen=training.frozen,
             constants=training.constants,
         )
-        spec = step.batch_sharding(run.mesh, rules).spec
         last = loop.run(
             loop_config,
             first,
             step_fn,
             batches=lambda start: (
-                multihost.global_batch(run.mesh, spec, batch) for batch in training.batches(start)
+                multihost.global_batch(run.mesh, step.batch_spec(rules, batch), batch)
+                for batch in training.batches(start)
             ),
             evaluators=training.evaluators(run),
             checkpoints=checkpoints,
