@@ -243,9 +243,10 @@ def training(folder: pathlib.Path) -> dict:
         rules=rules,
         state_shardings=shardings,
     )
-    spec = step.batch_sharding(run.mesh, rules).spec
     local = made.batches(0)
-    data = (multihost.global_batch(run.mesh, spec, batch) for batch in local)
+    data = (
+        multihost.global_batch(run.mesh, step.batch_spec(rules, batch), batch) for batch in local
+    )
     waits, steps = [], []
     for number in range(2 * block_steps + 5):  # with the planning of two blocks or more
         begin = time.perf_counter()

@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         {
             "name": "quickstart",
             "seed": 0,
-            "mesh": {"replica": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+            "mesh": {"replica": 1, "ring": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
             "topology": "",  # the TPU slice that `vidsim compile` compiles for, as v5p:4x4x8
             "world": {
                 "clips": 640,
@@ -118,6 +118,7 @@ def get_config() -> ConfigDict:
                     "warmup_steps": 20,
                     "decay_steps": 1700,
                     "clip_norm": 1.0,
+                    "accumulate": 1,
                     "ema_sigma_rel": 0.05,
                 },
                 "loop": {
@@ -171,6 +172,7 @@ def get_config() -> ConfigDict:
                     "warmup_steps": 20,
                     "decay_steps": 500,
                     "clip_norm": 1.0,
+                    "accumulate": 1,
                     "ema_sigma_rel": 0.02,
                 },
                 "loop": {

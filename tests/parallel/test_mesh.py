@@ -14,8 +14,8 @@ EIGHT = _Devices(range(8))
 
 def test_one_device_makes_a_mesh_with_every_axis():
     made = mesh.make(mesh.Config(), jax.devices()[:1])
-    assert dict(made.shape) == {"replica": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
-    assert made.axis_types == (jax.sharding.AxisType.Auto,) * 4
+    assert dict(made.shape) == dict.fromkeys(("replica", "ring", "fsdp", "sequence", "tensor"), 1)
+    assert made.axis_types == (jax.sharding.AxisType.Auto,) * 5
 
 
 @pytest.mark.parametrize(

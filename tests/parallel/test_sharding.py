@@ -29,7 +29,7 @@ def eight_devices(code: str) -> str:
 
 def test_logical_axes_follow_the_table():
     assert ShardingRules().spec(("batch", "length", None)) == PartitionSpec(
-        ("replica", "fsdp"), "sequence", None
+        ("replica", "fsdp"), ("ring", "sequence"), None
     )
     assert ShardingRules(embed=None).spec(("embed", "mlp")) == PartitionSpec(None, "tensor")
 
@@ -81,7 +81,9 @@ def test_parameters_are_born_sharded_and_bad_sizes_are_named():
             return nnx.state(nnx.eval_shape(lambda: Model(nnx.Rngs(0), hidden)), nnx.Param)
 
         made = mesh.make(mesh.Config(fsdp=2, tensor=-1))
-        assert dict(made.shape) == {"replica": 1, "fsdp": 2, "sequence": 1, "tensor": 4}
+        assert dict(made.shape) == {
+            "replica": 1, "ring": 1, "fsdp": 2, "sequence": 1, "tensor": 4
+        }
         shardings = param_shardings(made, ShardingRules(), abstract(16))
         make = lambda key: nnx.state(Model(nnx.Rngs(key)), nnx.Param)
         key = jax.random.key(0)
@@ -90,8 +92,9 @@ def test_parameters_are_born_sharded_and_bad_sizes_are_named():
         for path, variable in nnx.to_flat_state(params):
             array = variable.get_value()
             found["/".join(path)] = (array.sharding.spec, array.addressable_data(0).shape)
-        assert found["one/kernel"] == (P("fsdp", "tensor"), (4, 4)), found
-        assert found["stack/kernel"] == (P(None, "fsdp", "tensor"), (3, 8, 4)), found
+        fsdp = ("fsdp", "sequence")
+        assert found["one/kernel"] == (P(fsdp, "tensor"), (4, 4)), found
+        assert found["stack/kernel"] == (P(None, fsdp, "tensor"), (3, 8, 4)), found
         assert found["table"] == (P("tensor", None), (2, 4)), found
         assert found["norm/scale"] == (P(), (16,)), found
         assert found["stack/bias"] == (P(), (3, 16)), found

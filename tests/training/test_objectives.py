@@ -71,7 +71,7 @@ def loss_and_gradient(says, x0_BLP, pack, key):
     prediction = "velocity" if says == "velocity" else "x0"
     loss = objectives.bind(objectives.dit_loss, graph_of(says), prediction, TIMES, LOSS)
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
-        {"x0": x0_BLP}, pack, key, 0
+        {"x0": x0_BLP}, pack, jax.random.split(key, len(x0_BLP)), 0
     )
     return value, metrics, gradient["x0"]
 
@@ -127,7 +127,8 @@ def test_noise_and_times_are_a_function_of_the_key(pack):
 
 
 def test_every_segment_has_a_clean_a_first_and_a_second_time(pack):
-    times = np.asarray(jit(objectives.draw_times, static_argnums=(2, 3))(KEY, pack, TIMES, 0.3))
+    draw = jit(objectives.draw_times, static_argnums=(2, 3))
+    times = np.asarray(draw(jax.random.split(KEY), pack, TIMES, 0.3))
     assert times.shape == (2, 4, 3)
     assert (times[..., 0] == 0).all()
     assert len(np.unique(times[..., 1])) == 8
@@ -138,8 +139,8 @@ def test_every_segment_has_a_clean_a_first_and_a_second_time(pack):
 
 def test_given_latents_have_small_times_and_generated_ones_do_not(pack):
     """Over many draws: the second time is uniform up to its limit where latents are given."""
-    draw = jit(jax.vmap(lambda key: objectives.draw_times(key, pack, TIMES, 0.3)[..., 2]))
-    seconds = np.asarray(draw(jax.random.split(KEY, 500)))
+    draw = jit(jax.vmap(lambda key_B: objectives.draw_times(key_B, pack, TIMES, 0.3)[..., 2]))
+    seconds = np.asarray(draw(jax.random.split(KEY, (500, 2))))
     given, other = seconds[:, 0, 0], seconds[:, 0, 1]
     assert given.max() <= 0.3 and abs(given.mean() - 0.15) < 4 * 0.3 / 12**0.5 / 500**0.5
     assert other.mean() > 0.4  # logit-normal around 1/2, shifted up

@@ -28,13 +28,13 @@ CODE = """
         shardings = state.shardings(training.make_model, tx, mesh, rules)
         now = state.create(training.make_model, tx, jax.random.key(0), shardings)
         start = jax.tree.map(np.array, now.params)
-        spec = step.batch_sharding(mesh, rules).spec
         step_fn = step.make_step(
             training.objective, tx, optim, seed=0, mesh=mesh, rules=rules,
             state_shardings=shardings, frozen=training.frozen,
         )
         losses = []
         for batch in batches:
+            spec = step.batch_spec(rules, batch)
             now, metrics = step_fn(now, multihost.global_batch(mesh, spec, batch))
             losses.append(float(metrics["loss"]))
         return start, now, losses

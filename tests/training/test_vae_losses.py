@@ -100,8 +100,13 @@ def compiled(config, features, **toy):
 
 def loss_and_gradient(config, *, batch=BATCH, at=0, features=None, constants=(), **toy):
     grad, params = compiled(config, features, **toy)
-    (value, metrics), gradient = grad(params, batch, KEY, at, *constants)
+    (value, metrics), gradient = grad(params, batch, keys(batch), at, *constants)
     return float(value), {name: float(x) for name, x in metrics.items()}, gradient
+
+
+def keys(batch) -> jax.Array:
+    """A key for each clip."""
+    return jax.random.split(KEY, len(batch["video_BTHWC"]))
 
 
 def with_(**changes) -> vae_losses.VAELoss:
@@ -213,7 +218,7 @@ def test_terms_that_are_off_are_neither_traced_nor_logged():
     Counting.calls.clear()
     graph, params = parts_of(PLAIN, cls=Counting)
     loss = objectives.bind(vae_losses.vae_loss, graph, PLAIN, None)
-    _, metrics = jax.eval_shape(loss, params, BATCH, KEY, 0)
+    _, metrics = jax.eval_shape(loss, params, BATCH, keys(BATCH), 0)
     assert Counting.calls == ["posterior", "reconstruct"]
     assert set(metrics) == {"l1", "psnr_db"} and set(params) == {"vae"}
 
@@ -223,7 +228,7 @@ def test_every_term_that_is_on_is_logged(field):
     config = with_(**{field: 0.5})
     graph, params = parts_of(config)
     loss = objectives.bind(vae_losses.vae_loss, graph, config, None)
-    _, metrics = jax.eval_shape(loss, params, NOISE, KEY, 0)
+    _, metrics = jax.eval_shape(loss, params, NOISE, keys(NOISE), 0)
     assert set(metrics) == {"l1", "psnr_db", *TERMS[field]}
     beside = {"adversarial_weight": {"discriminator"}, "mask_rate": {"mask_latent"}}
     assert set(params) == {"vae"} | beside.get(field, set())
@@ -343,7 +348,7 @@ def test_masked_latents_are_the_learned_one_and_others_are_as_they_were():
     loss = objectives.bind(vae_losses.vae_loss, graph, config, None)
     white = {"video_BTHWC": np.full((2, 3, 16, 16, 3), 255, np.uint8)}
     grad = jit(jax.value_and_grad(loss, has_aux=True))
-    (value, metrics), gradient = grad(params, white, KEY, 0)
+    (value, metrics), gradient = grad(params, white, keys(white), 0)
     assert metrics["masked"] == 0.75
     # |1 - 0.5| where the latent came through, |1 + 1| where it was masked.
     assert value == pytest.approx(0.25 * 0.5 + 0.75 * 2.0, rel=1e-5)

@@ -1,7 +1,10 @@
 """How every learned array here is made: float32, with the logical axes that sharding rules map."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from vidsim.parallel import sharding
 
 
 def parameter(init, shape: tuple[int, ...], *, axes: tuple[str | None, ...], rngs) -> nnx.Param:
@@ -11,3 +14,8 @@ def parameter(init, shape: tuple[int, ...], *, axes: tuple[str | None, ...], rng
     """
     value = init(rngs.params(), shape, jnp.float32)
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
+
+
+def weight(param: nnx.Param, dtype) -> jax.Array:
+    """What a layer computes with: the parameter in `dtype`, gathered where fsdp spreads it."""
+    return sharding.gathered(param[...].astype(dtype), sharding.axes_of(param))

@@ -9,15 +9,18 @@ Every token has a diffusion time of its own, by index: a row holds at most M seg
 at most three times, so the modulation is computed for [B, M, 3] and gathered.
 """
 
-# B batch (rows), L tokens, P patch values, D width, N heads, K head dim, M segments a row
+# B batch (rows), L tokens, P patch values, D width, N heads, K head dim, M segments a row, S = 3 M
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from vidsim import config as configs
 from vidsim.attention import segments
 from vidsim.diffusion import flow
 from vidsim.errors import InputError
@@ -26,14 +29,55 @@ from vidsim.layers.norms import rms_normalise
 from vidsim.layers.parameter import parameter
 from vidsim.layers.rotary import angles, rotate
 from vidsim.layers.time_embedding import TimeEmbedding
+from vidsim.parallel.sharding import constrain
 from vidsim.text import encoder
 
 MODULATIONS = 6  # shift, scale, gate of attention and of the MLP
 
+# The tensors of a layer that cost time to make again, and their values a token (H: mlp_hidden).
+TENSORS = (
+    "layer_input",  # D; on the device in any case, unless it is offloaded
+    "qkv",  # 3 D
+    "attended",  # D, with the log sum exp of attention
+    "attention_out",  # D
+    "mlp_hidden",  # 2 H
+    "mlp_out",  # D
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """Which tensors of a layer wait for the backward pass; it makes all others again."""
+
+    save: tuple[str, ...] = ()  # in the device's memory
+    offload: tuple[str, ...] = ()  # in the host's
+
+    def __post_init__(self):
+        named = (*self.save, *self.offload)
+        unknown = [name for name in named if name not in TENSORS]
+        if unknown:
+            raise InputError(f"remat: {unknown[0]!r} is none of the tensors {', '.join(TENSORS)}")
+        if len(set(named)) < len(named):
+            raise InputError(
+                f"remat: save={self.save} and offload={self.offload} name a tensor twice; "
+                "name each once"
+            )
+
+    def policy(self):
+        return jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=self.save,
+            names_which_can_be_offloaded=self.offload,
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+
+
 REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "none": None,  # everything waits, the gathered weights too
+    "full": Remat(),
+    "attention": Remat(save=("attended",)),
+    "matmuls": Remat(save=("qkv", "attended", "attention_out", "mlp_hidden", "mlp_out")),
+    "offload": Remat(offload=("layer_input", "attended")),
 }
 
 
@@ -45,7 +89,7 @@ class Config:
     mlp_hidden: int
     patch: int  # latents along a side of one token
     prediction: str  # what the head predicts: x0 or velocity
-    remat: str  # one of REMAT_POLICIES
+    remat: str | Mapping | Remat  # one of REMAT_POLICIES, or what a `Remat` is to save and offload
     unroll: int  # layers in one body of the scan: more run faster on a CPU, and compile slower
     dtype: str  # of activations; norms, softmax and the loss are float32
 
@@ -57,7 +101,9 @@ class Config:
             )
         if self.prediction not in flow.PREDICTIONS:
             raise InputError(f"prediction={self.prediction!r} is none of {flow.PREDICTIONS}")
-        if self.remat not in REMAT_POLICIES:
+        if isinstance(self.remat, Mapping):
+            object.__setattr__(self, "remat", configs.build(Remat, self.remat, where="remat"))
+        elif not isinstance(self.remat, Remat) and self.remat not in REMAT_POLICIES:
             raise InputError(f"remat={self.remat!r} is none of {sorted(REMAT_POLICIES)}")
 
 
@@ -91,21 +137,27 @@ class Block(nnx.Module):
         zeros = nnx.initializers.zeros
         self.modulation = parameter(zeros, (MODULATIONS, width), axes=(None, None), rngs=rngs)
 
-    def __call__(self, x_BLD, modulation_BL6D, tokens: Tokens):
+    def __call__(self, x_BLD, modulation_BS6D, chosen_BLS, tokens: Tokens):
+        """`chosen_BLS` is 1 where a token's segment and time are those of a row of modulation."""
         B, L, D = x_BLD.shape
-        modulation = modulation_BL6D + self.modulation[...].astype(x_BLD.dtype)
+        modulation_BS6D = modulation_BS6D + self.modulation[...].astype(x_BLD.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            modulation[:, :, i] for i in range(MODULATIONS)
+            chosen_BLS @ modulation_BS6D[:, :, i] for i in range(MODULATIONS)
         )
+        x_BLD = checkpoint_name(constrain(x_BLD, ("batch", "length", None)), "layer_input")
         h = rms_normalise(x_BLD) * (1 + scale_a) + shift_a
-        q, k, v = (f(h).reshape(B, L, self.heads, -1) for f in (self.query, self.key, self.value))
+        q, k, v = (
+            checkpoint_name(f(h), "qkv").reshape(B, L, self.heads, -1)
+            for f in (self.query, self.key, self.value)
+        )
         rotation = angles(tokens.positions_BL3, D // self.heads)
         q = rotate(rms_normalise(q) * self.query_scale[...].astype(q.dtype), rotation)
         k = rotate(rms_normalise(k) * self.key_scale[...].astype(k.dtype), rotation)
         attended = segments.attend(q, k, v, tokens.segment_ids_BL)
-        x_BLD = x_BLD + gate_a * self.out(attended.reshape(B, L, D))
+        attended = checkpoint_name(self.out(attended.reshape(B, L, D)), "attention_out")
+        x_BLD = x_BLD + gate_a * attended
         h = rms_normalise(x_BLD) * (1 + scale_m) + shift_m
-        return x_BLD + gate_m * self.mlp(h)
+        return x_BLD + gate_m * checkpoint_name(self.mlp(h), "mlp_out")
 
 
 class DiT(nnx.Module):
@@ -144,32 +196,32 @@ class DiT(nnx.Module):
         `times_BM3[:, m]` are the times of segment m + 1.
         """
         dtype = jnp.dtype(self.config.dtype)
-        B, L, _ = patches_BLP.shape
+        B = patches_BLP.shape[0]
         is_text = tokens.is_text_BL[..., None].astype(dtype)
         features = self.text(
             text_ids_BL, tokens.is_text_BL, tokens.segment_ids_BL, tokens.positions_BL3, dtype
         )
         x_BLD = self.patches_in(patches_BLP.astype(dtype)) * (1 - is_text)
-        x_BLD = x_BLD + self.text_in(features)
+        x_BLD = constrain(x_BLD + self.text_in(features), ("batch", "length", None))
 
         # One row of modulation for each (segment, time); a product with ones gathers each token's,
         # because the gradient of a real gather is a slow scatter.
         segment = jnp.maximum(tokens.segment_ids_BL - 1, 0)
         row_BL = segment * 3 + tokens.time_index_BL
-        embedded = jax.nn.silu(self.time(times_BM3.reshape(B, -1)).astype(dtype))
-        chosen_BLm = jax.nn.one_hot(row_BL, embedded.shape[1], dtype=dtype)
-        modulation_BL6D = (chosen_BLm @ self.modulation(embedded)).reshape(B, L, MODULATIONS, -1)
+        embedded_BSD = jax.nn.silu(self.time(times_BM3.reshape(B, -1)).astype(dtype))
+        chosen_BLS = jax.nn.one_hot(row_BL, embedded_BSD.shape[1], dtype=dtype)
+        modulation = self.modulation(embedded_BSD).reshape(B, -1, MODULATIONS, self.config.width)
 
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, modulation_BL6D, tokens), None
+            return nnx.merge(graphdef, layer)(x, modulation, chosen_BLS, tokens), None
 
-        if self.config.remat != "none":
-            policy = REMAT_POLICIES[self.config.remat]
-            body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+        remat = REMAT_POLICIES.get(self.config.remat, self.config.remat)
+        if remat is not None:
+            body = jax.checkpoint(body, policy=remat.policy(), prevent_cse=False)
         x_BLD, _ = jax.lax.scan(body, x_BLD, stacked, unroll=self.config.unroll)
 
-        shift, scale = jnp.split(chosen_BLm @ self.head_modulation(embedded), 2, axis=-1)
+        shift, scale = jnp.split(chosen_BLS @ self.head_modulation(embedded_BSD), 2, axis=-1)
         x_BLD = rms_normalise(x_BLD) * (1 + scale) + shift
         return self.head(x_BLD).astype(jnp.float32)

@@ -1,16 +1,20 @@
-"""The mesh of devices: four named axes, the slowest link outermost."""
+"""The mesh of devices: five named axes, the slowest link outermost."""
 
 import dataclasses
 import math
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from vidsim.errors import InputError
 
-# replica: whole copies of the parameters; fsdp: parameters and batch are split;
-# sequence: tokens of one row are split; tensor: heads and hidden units are split.
-AXES = ("replica", "fsdp", "sequence", "tensor")
+# replica: whole copies of the parameters; fsdp: parameters and batch are split; ring and sequence:
+# tokens of one row are split, and keys go round the ring, heads are exchanged over the sequence;
+# tensor: heads and hidden units are split.
+AXES = ("replica", "ring", "fsdp", "sequence", "tensor")
+ACROSS = ("replica", "ring")  # axes that may cross slices, whose links are slower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,13 +25,15 @@ class Config:
     fsdp: int = -1
     sequence: int = 1
     tensor: int = 1
+    ring: int = 1
 
 
 def make(config: Config, devices=None) -> jax.sharding.Mesh:
     """A mesh over `devices`, by default all devices of all processes.
 
     Raises:
-        InputError: the sizes do not multiply to the number of devices.
+        InputError: the sizes do not multiply to the number of devices, or slices of devices not to
+            the axes that may cross them.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -50,6 +56,29 @@ def make(config: Config, devices=None) -> jax.sharding.Mesh:
             f"mesh {written}: the product {fixed} leaves {len(devices) - fixed} of the "
             f"{len(devices)} devices idle; set fsdp=-1 to use them all"
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        laid_out = _over_slices(sizes, slices, devices)
+    else:
+        laid_out = mesh_utils.create_device_mesh(
+            tuple(sizes.values()), devices, allow_split_physical_axes=True
+        )
+    return jax.sharding.Mesh(laid_out, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _over_slices(sizes: dict[str, int], slices: int, devices) -> np.ndarray:
+    """Devices of several slices, of which only the axes `ACROSS` cross the borders."""
+    across, left = dict.fromkeys(AXES, 1), slices
+    for axis in ACROSS:
+        across[axis] = math.gcd(sizes[axis], left)
+        left //= across[axis]
+    if left > 1:
+        raise InputError(
+            f"mesh replica={sizes['replica']}, ring={sizes['ring']} over {slices} slices: their "
+            f"product is no multiple of {slices}, so other axes would cross slices; use "
+            f"replica={slices}, or a ring over the slices"
+        )
+    inside = tuple(sizes[axis] // across[axis] for axis in AXES)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, tuple(across.values()), devices, allow_split_physical_axes=True
     )

@@ -7,6 +7,7 @@ process may work for hours meanwhile, and collectives time out.
 import collections
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 
@@ -16,6 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vidsim.errors import InputError, Restart
+from vidsim.parallel.sharding import mesh_axes
 
 COORDINATOR = "VIDSIM_COORDINATOR"
 NUM_PROCESSES = "VIDSIM_NUM_PROCESSES"
@@ -163,19 +165,31 @@ def local_rows(mesh: jax.sharding.Mesh, spec: PartitionSpec, rows: int) -> slice
     return slice(start, stop)
 
 
-def global_batch(mesh: jax.sharding.Mesh, spec: PartitionSpec, local):
-    """Global arrays from the part of the batch that each process loaded (`local_rows`).
+def global_batch(mesh: jax.sharding.Mesh, spec, local):
+    """Global arrays from the rows of the batch that each process loaded (`local_rows`), whole rows.
 
-    `spec` serves every leaf of the tree `local`; a leaf of fewer dimensions takes its beginning.
-    Processes that hold the same rows (tensor parallelism between them) give equal data.
+    `spec` is a tree like `local`, or one spec for every leaf: of it a leaf of fewer dimensions
+    takes the beginning. Processes that share rows (tensor parallelism between them, or rows that
+    are split over them) give equal data.
     """
+    if isinstance(spec, PartitionSpec):
+        spec = jax.tree.map(lambda leaf: PartitionSpec(*spec[: np.ndim(leaf)]), local)
 
-    def one(leaf):
+    def one(leaf, spec):
         leaf = np.asarray(leaf)
-        found = NamedSharding(mesh, PartitionSpec(*spec[: leaf.ndim]))
-        return jax.make_array_from_process_local_data(found, leaf)
+        sharding = NamedSharding(mesh, spec)
+        parts = math.prod(mesh.shape[axis] for axis in mesh_axes(spec[0]))
+        own = local_rows(mesh, spec, parts)
+        rows = leaf.shape[0] // (own.stop - own.start)  # of a part
+        shape = (rows * parts, *leaf.shape[1:])
 
-    return jax.tree.map(one, local)
+        def piece(index):
+            start, stop, _ = index[0].indices(shape[0])
+            return leaf[start - own.start * rows : stop - own.start * rows][:, *index[1:]]
+
+        return jax.make_array_from_callback(shape, sharding, piece)
+
+    return jax.tree.map(one, local, spec)
 
 
 def place(tree, shardings):

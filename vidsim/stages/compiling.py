@@ -60,16 +60,18 @@ def clips_case(run: Run, shape: tuple[int, int, int], clips: int) -> Case:
     return Case(training.vae_task(run), batch, needed, None, text)
 
 
-def place(run: Run, case: Case, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def place(
+    case: Case, mesh: jax.sharding.Mesh, rules: ShardingRules
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch in the abstract, split as in training.
 
     Raises:
       InputError: it does not divide over the mesh.
     """
-    spec = step.batch_sharding(mesh, ShardingRules()).spec
+    shapes = {name: jax.ShapeDtypeStruct(*array) for name, array in case.batch.items()}
     found = {}
-    for name, (shape, dtype) in case.batch.items():
-        sharding = NamedSharding(mesh, PartitionSpec(*spec[: len(shape)]))
+    for name, spec in step.batch_spec(rules, shapes).items():
+        shape, sharding = shapes[name].shape, NamedSharding(mesh, spec)
         try:
             sharding.shard_shape(shape)
         except ValueError as error:
@@ -77,7 +79,7 @@ def place(run: Run, case: Case, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeD
                 f"{case.text} do not divide over mesh {dict(mesh.shape)}; use multiples of the "
                 f"devices that share a batch, or another mesh ({name} is {shape})"
             ) from error
-        found[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        found[name] = jax.ShapeDtypeStruct(shape, shapes[name].dtype, sharding=sharding)
     return found
 
 
@@ -94,7 +96,7 @@ def compile_case(run: Run, case: Case, mesh: jax.sharding.Mesh, *, init: bool = 
     made = training.program(run, case.task, mesh)
     now = state.abstract(case.task.make_model, made.tx, made.shardings)
     stepped = aot.compile_program(
-        jax.jit(made.step, donate_argnums=0), (now, place(run, case, mesh)), mesh
+        jax.jit(made.step, donate_argnums=0), (now, place(case, mesh, made.rules)), mesh
     )
     first = None
     if init:

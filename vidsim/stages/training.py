@@ -1,8 +1,10 @@
 """The trainings: what each model needs of data, objective and evaluators, for the one loop."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -39,6 +41,9 @@ from vidsim.training import (
 )
 
 
+_ROWS, _TOKENS = ("replica", "fsdp"), ("ring", "sequence")  # mesh axes that split them
+
+
 @dataclasses.dataclass(kw_only=True)
 class Task:
     """A model and what it learns, whatever it learns from."""
@@ -63,7 +68,7 @@ class Training(Task):
 
 def _local_rows(run: Run, rows: int) -> slice:
     """Which rows of a batch this process loads; those of a tensor axis may be shared."""
-    spec = step.batch_sharding(run.mesh, ShardingRules()).spec
+    spec = ShardingRules().spec(("batch",))
     return multihost.local_rows(run.mesh, spec, rows)
 
 
@@ -187,6 +192,18 @@ def dit_task(run: Run) -> Task:
     return Task(name="dit", make_model=make_model, objective=objective, work=work)
 
 
+def check_divides(rows: int, lengths: Sequence[int], mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError where packs of `rows` do not divide over the mesh."""
+    for what, sizes, axes in (("rows", (rows,), _ROWS), ("tokens a row", lengths, _TOKENS)):
+        parts = math.prod(mesh.shape[axis] for axis in axes)
+        for size in sizes:
+            if size % parts:
+                raise InputError(
+                    f"packs of {size} {what} do not divide over {parts} devices (mesh "
+                    f"{' x '.join(axes)}); use a multiple of {parts}, or a smaller axis"
+                )
+
+
 def dit_training(run: Run) -> Training:
     words, task = run.words(), dit_task(run)
     models = load_vae(run)
@@ -219,11 +236,7 @@ def dit_training(run: Run) -> Training:
 
     parts = run.batch_devices()
     for phase in run.phases:
-        if phase.pack.rows % parts:
-            raise InputError(
-                f"rows={phase.pack.rows} of packs, from step {phase.first} on, do not divide over "
-                f"{parts} devices (mesh replica x fsdp); use a multiple of {parts}"
-            )
+        check_divides(phase.pack.rows, phase.pack.lengths, run.mesh)
     own_rows = (_local_rows(run, parts), parts)
     plans = [plan(phase, "train", phase.mix) for phase in run.phases]
 
@@ -234,7 +247,8 @@ def dit_training(run: Run) -> Training:
             if steps:
                 own = load(phase, run.conditions, run.text_dropout, own_rows)
                 data = pipeline.packs(own, planned, run.pipeline, start=steps[0] - phase.first)
-                yield from itertools.islice(data, len(steps))
+                with contextlib.closing(data):
+                    yield from itertools.islice(data, len(steps))
 
     def evaluators(run: Run) -> dict:
         samples = {"samples": functools.partial(sample_step, run)}
@@ -280,6 +294,7 @@ class Program(NamedTuple):
     """What a task is trained with on a mesh."""
 
     tx: optax.GradientTransformation
+    rules: ShardingRules
     shardings: state.TrainState
     step: Callable
 
@@ -301,13 +316,13 @@ def program(run: Run, task: Task, mesh: jax.sharding.Mesh) -> Program:
         frozen=task.frozen,
         constants=task.constants,
     )
-    return Program(tx, shardings, step_fn)
+    return Program(tx, rules, shardings, step_fn)
 
 
 def train(run: Run, training: Training) -> dict:
     """Trains one model from its newest checkpoint to the end."""
     timing = throughput.Throughput(run.mesh)
-    tx, shardings, step_fn = program(run, training, run.mesh)
+    tx, rules, shardings, step_fn = program(run, training, run.mesh)
     checkpoints = checkpoint.Checkpoints(run.path(training.name, "checkpoints"))
     try:
         if checkpoints.latest is None:
@@ -319,13 +334,13 @@ def train(run: Run, training: Training) -> dict:
             on_change = run.data.on_change
             first = checkpoints.restore(abstract, data=training.data, on_change=on_change)
             _note_change(run, training, checkpoints)
-        spec = step.batch_sharding(run.mesh, ShardingRules()).spec
         last = loop.run(
             run.loops[training.name],
             first,
             step_fn,
             batches=lambda start: (
-                multihost.global_batch(run.mesh, spec, batch) for batch in training.batches(start)
+                multihost.global_batch(run.mesh, step.batch_spec(rules, batch), batch)
+                for batch in training.batches(start)
             ),
             evaluators=training.evaluators(run),
             checkpoints=checkpoints,

@@ -15,8 +15,9 @@ from flax import nnx
 from vidsim.attention import segments
 from vidsim.layers.linear import Linear, SwiGLU
 from vidsim.layers.norms import RMSNorm, rms_normalise
-from vidsim.layers.parameter import parameter
+from vidsim.layers.parameter import parameter, weight
 from vidsim.layers.rotary import angles, rotate
+from vidsim.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Encoder(nnx.Module):
         dtype,
     ) -> jax.Array:
         """Features [B, L, F]; zero where there is no text."""
-        x_BLF = self.embedding[...][text_ids_BL].astype(dtype)
+        # Looked up in float32: the gradient sums over all tokens of a kind.
+        x_BLF = weight(self.embedding, jnp.float32)[text_ids_BL].astype(dtype)
+        x_BLF = constrain(x_BLF, ("batch", "length", None))
         segment_ids_BL = jnp.where(is_text_BL, segment_ids_BL, 0)
         for block in self.blocks:
             x_BLF = block(x_BLF, segment_ids_BL, positions_BL3)

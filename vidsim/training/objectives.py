@@ -1,4 +1,4 @@
-"""What the diffusion transformer learns, as a pure function of parameters, batch, key and step.
+"""What the diffusion transformer learns, as a pure function of parameters, batch, keys and step.
 
 L = sum over generated tokens |x0_hat - x0|^2 / max(t, t_min)^2 / their number
 """
@@ -14,6 +14,7 @@ from flax import nnx
 
 from vidsim.diffusion import flow, time_sampling
 from vidsim.models.dit import Tokens
+from vidsim.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,20 +24,21 @@ class DiTLoss:
 
 
 def draw_times(
-    key: jax.Array, pack, times: time_sampling.Config, noisy_given_max: float
+    key_B: jax.Array, pack, times: time_sampling.Config, noisy_given_max: float
 ) -> jax.Array:
     """times_BM3 of a pack: 0, a first time, and a second: small where it is given latents'."""
-    first_key, second_key, given_key = jax.random.split(key, 3)
-    sizes_BM3 = pack["sizes_BM3"]
-    first = time_sampling.sample(first_key, sizes_BM3, times)
-    second = time_sampling.sample(second_key, sizes_BM3, times)
-    small = noisy_given_max * jax.random.uniform(given_key, first.shape)
-    M = sizes_BM3.shape[1]
-    given_BLM = pack["given_BL"][..., None] & (
-        pack["segment_ids_BL"][..., None] == jnp.arange(1, M + 1)
-    )
-    second = jnp.where(jnp.any(given_BLM, axis=1), small, second)
-    return jnp.stack([jnp.zeros_like(first), first, second], axis=-1)
+
+    def of_row(key, sizes_M3, given_M):
+        first_key, second_key, given_key = jax.random.split(key, 3)
+        first = time_sampling.sample(first_key, sizes_M3, times)
+        second = time_sampling.sample(second_key, sizes_M3, times)
+        small = noisy_given_max * jax.random.uniform(given_key, first.shape)
+        second = jnp.where(given_M, small, second)
+        return jnp.stack([jnp.zeros_like(first), first, second], axis=-1)
+
+    segments = jnp.arange(1, pack["sizes_BM3"].shape[1] + 1)
+    given_BLM = pack["given_BL"][..., None] & (pack["segment_ids_BL"][..., None] == segments)
+    return jax.vmap(of_row)(key_B, pack["sizes_BM3"], jnp.any(given_BLM, axis=1))
 
 
 def tokens_of(pack) -> Tokens:
@@ -71,22 +73,24 @@ def dit_loss(
     config: DiTLoss,
     params,
     pack,
-    key,
+    key_B,
     step,
 ):
     """Batch: a pack (see data/packing.py). The same at every step."""
-    times_key, noise_key = jax.random.split(key)
-    times_BM3 = draw_times(times_key, pack, times, config.noisy_given_max)
+    times_key_B, noise_key_B = jnp.swapaxes(jax.vmap(jax.random.split)(key_B), 0, 1)
+    times_BM3 = draw_times(times_key_B, pack, times, config.noisy_given_max)
     x0 = pack["patches_BLP"].astype(jnp.float32)
     t_BL1 = token_times(times_BM3, tokens_of(pack))
-    x_t = flow.add_noise(x0, jax.random.normal(noise_key, x0.shape), t_BL1)
+    noise = jax.vmap(lambda key: jax.random.normal(key, x0.shape[1:]))(noise_key_B)
+    x_t = flow.add_noise(x0, constrain(noise, ("batch", "length", None)), t_BL1)
     x0_hat = predict(graphdef, params, prediction, pack, x_t, times_BM3)
     mask = generated(pack)
-    count = jnp.maximum(jnp.sum(mask), 1)
+    tokens = jnp.sum(mask).astype(jnp.float32)
+    count = jnp.maximum(tokens, 1.0)
     per_token = jnp.mean(flow.loss(x0_hat, x0, t_BL1, t_min=config.t_min), axis=-1)
     error = jnp.mean(jnp.square(x0_hat - x0), axis=-1)
     loss = jnp.sum(per_token * mask) / count
-    return loss, {"x0_error": jnp.sum(error * mask) / count, "tokens": count.astype(jnp.float32)}
+    return loss, {"x0_error": jnp.sum(error * mask) / count, "tokens": tokens}
 
 
 def x0_error_at(graphdef, prediction: str, t: float, params, pack, key) -> tuple:

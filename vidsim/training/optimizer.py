@@ -12,6 +12,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from vidsim import trees
+from vidsim.errors import InputError
 
 # Embeddings, inputs, heads and modulation weights are no hidden matrices: AdamW serves them.
 NOT_HIDDEN = ("embedding", "modulation", "time/", "patches_in", "text_in", "head")
@@ -26,6 +27,13 @@ class Config:
     decay_steps: int  # the last steps, over which the rate falls linearly to a hundredth
     clip_norm: float
     ema_sigma_rel: float  # width of the power-function EMA over the run (EDM2, arXiv:2312.02696)
+    accumulate: int = (
+        1  # parts that a batch is taken in, one after the other; a step sums over them
+    )
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise InputError(f"accumulate={self.accumulate} is under 1; use 1 for whole batches")
 
 
 def schedule(config: Config, steps: int, peak: float) -> optax.Schedule:

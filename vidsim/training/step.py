@@ -1,5 +1,6 @@
 """One training step for every model: gradients, optimizer, EMA, and a guard against bad numbers."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,18 +9,31 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from vidsim import trees
-from vidsim.parallel import multihost
+from vidsim.errors import InputError
+from vidsim.parallel import multihost, sharding
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.training.optimizer import Config, ema_exponent, update_ema
 from vidsim.training.state import TrainState
 
-# (params, batch, key, step, *constants) -> (loss, metrics); scalars, float32.
+# (params, batch, key_B, step, *constants) -> (loss, metrics); scalars, float32. Every row of the
+# batch has a key. A loss that is a mean over tokens says in `metrics["tokens"]` over how many.
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
+# The names of a batch's arrays end with a letter an axis; these are split.
+LETTERS = {"B": "batch", "L": "length"}
 
-def batch_sharding(mesh: jax.sharding.Mesh, rules: ShardingRules) -> NamedSharding:
-    """Batches are split over their first axis."""
-    return NamedSharding(mesh, PartitionSpec(*rules.spec(("batch",))))
+
+def _axes(name: str, leaf) -> tuple[str | None, ...]:
+    """The logical axes of an array of a batch; of one whose name has no letters, the first."""
+    letters = name.rpartition("_")[2]
+    if len(letters) != leaf.ndim:
+        return ("batch", *[None] * (leaf.ndim - 1))
+    return tuple(LETTERS.get(letter) for letter in letters)
+
+
+def batch_spec(rules: ShardingRules, batch):
+    """How each array of a batch, or of their shapes, is split: its rows, and tokens of a row."""
+    return trees.map_named(lambda name, leaf: rules.spec(_axes(name, leaf)), batch)
 
 
 def make_step(
@@ -40,9 +54,13 @@ def make_step(
     bit; give `optimizer.make` the same. `constants` are trees of arrays that the objective reads
     beside them: arguments of the program, where closed over they would be part of it.
 
-    The step's randomness is `fold_in(key(seed), state.step)`, so a resumed run draws what the
-    uninterrupted one drew. When loss or gradient is not finite nothing changes but the count
-    `skipped` in the metrics and the step.
+    The step's randomness is `fold_in(key(seed), state.step)`, split over the rows of the batch, so
+    a resumed run draws what the uninterrupted one drew, and microbatches what the batch would.
+    When loss or gradient is not finite nothing changes but the count `skipped` in the metrics and
+    the step.
+
+    Raises:
+        InputError: while tracing, a batch that mesh or `config.accumulate` does not divide.
     """
     exponent = ema_exponent(config.ema_sigma_rel)
 
@@ -55,15 +73,47 @@ def make_step(
         )
         return objective(held, *args)
 
-    def step(state: TrainState, batch, constants):
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+    def gradients_of(params, batch, key_B, *args):
+        """Loss, metrics and gradients: those of the batch, however many parts it is taken in."""
         grad = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, metrics), gradients = grad(state.params, batch, key, state.step, *constants)
-        norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, state.step + 1, exponent)
+        if config.accumulate == 1:
+            return grad(params, batch, key_B, *args)
+        parts = _microbatches((batch, key_B), config.accumulate, mesh, rules)
+
+        def one(part):
+            found, gradients = grad(params, *part, *args)
+            gradients = jax.lax.with_sharding_constraint(gradients, state_shardings.params)
+            tokens = jnp.asarray(found[1].get("tokens", 1.0), jnp.float32)
+            return tokens, jax.tree.map(lambda x: tokens * x, (found, gradients))
+
+        def add(sums, part):
+            return jax.tree.map(jnp.add, sums, one(part)), None
+
+        nothing = jax.tree.map(
+            lambda shape: jnp.zeros(shape.shape, shape.dtype),
+            jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts)),
+        )
+        (tokens, sums), _ = jax.lax.scan(add, nothing, parts)
+        (loss, metrics), gradients = jax.tree.map(lambda x: x / jnp.maximum(tokens, 1.0), sums)
+        if "tokens" in metrics:
+            metrics = {**metrics, "tokens": tokens}
+        return (loss, metrics), gradients
+
+    def step(state: TrainState, batch, constants):
+        with sharding.using(mesh, rules):
+            batch = trees.map_named(
+                lambda name, leaf: sharding.constrain(leaf, _axes(name, leaf)), batch
+            )
+            rows = jax.tree.leaves(batch)[0].shape[0]
+            key_B = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), rows)
+            (loss, metrics), gradients = gradients_of(
+                state.params, batch, key_B, state.step, *constants
+            )
+            norm = optax.global_norm(gradients)
+            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+            updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            ema = update_ema(state.ema, params, state.step + 1, exponent)
         params, ema = (
             jax.tree_util.tree_map_with_path(
                 lambda path, new, old: old if trees.name_of(path).startswith(frozen) else new, *pair
@@ -79,9 +129,25 @@ def make_step(
 
     compiled = jax.jit(
         step,
-        in_shardings=(state_shardings, batch_sharding(mesh, rules), whole),
+        in_shardings=(state_shardings, None, whole),
         out_shardings=(state_shardings, whole),
         donate_argnums=0,
     )
     constants = multihost.place(constants, jax.tree.map(lambda _: whole, constants))
     return lambda state, batch: compiled(state, batch, constants)
+
+
+def _microbatches(batch, count: int, mesh: jax.sharding.Mesh, rules: ShardingRules):
+    """A batch in `count` parts along a new first axis; every device keeps the rows that it has."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    devices = math.prod(mesh.shape[axis] for axis in sharding.mesh_axes(rules.batch))
+    if rows % (count * devices):
+        raise InputError(
+            f"optimizer.accumulate={count} does not divide the {rows // devices} rows that each of "
+            f"{devices} devices (mesh replica x fsdp) has of {rows}; use a divisor"
+        )
+
+    def one(leaf):
+        return jnp.swapaxes(leaf.reshape(rows // count, count, *leaf.shape[1:]), 0, 1)
+
+    return jax.tree.map(one, batch)

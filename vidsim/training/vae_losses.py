@@ -242,7 +242,7 @@ def vae_loss(
     features: Callable | None,
     params,
     batch,
-    key,
+    key_B,
     step,
     feature_params=None,
 ):
@@ -250,10 +250,11 @@ def vae_loss(
     model = nnx.merge(graphdef, params)
     video = pixels(batch["video_BTHWC"])
     mean, log_variance = model.vae.posterior(video)
-    z = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(key_B)
+    z = mean + jnp.exp(0.5 * log_variance) * noise
     given, metrics = z, {}
     if config.mask_rate:
-        mask = draw_mask(jax.random.fold_in(key, 1), z.shape[:4], config)
+        mask = draw_mask(jax.random.fold_in(key_B[0], 1), z.shape[:4], config)
         given = jnp.where(mask, model.mask_latent[...], z)
         metrics["masked"] = jnp.mean(mask)
     made = model.vae.reconstruct(given)

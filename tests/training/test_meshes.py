@@ -1,0 +1,84 @@
+"""One training step of the transformer on every mesh of eight devices, beside one device."""
+
+import textwrap
+
+import pytest
+
+# Prints a JSON line: for each mesh how far loss, gradients (Adam's first moments are a tenth of
+# them) and parameters are from those of one device, relative to their largest value, and the shapes
+# that the program gathers.
+CODE = """
+    import itertools, json, re
+    import jax, numpy as np, optax
+    from vidsim.models import dit
+    from vidsim.parallel import mesh as meshes, multihost
+    from vidsim.parallel.sharding import ShardingRules
+    from vidsim.text import encoder
+    from vidsim.training import objectives, optimizer, state, step
+    from vidsim.diffusion import time_sampling
+
+    B, L, M, P = 8, 48, 3, 6
+    model = dit.Config(32, 2, 8, 64, 1, "x0", "attention", 1, "float32")
+    text = encoder.Config(vocabulary=24, features=32, depth=1, heads=8, max_tokens=4)
+    make = lambda rngs: dit.DiT(model, text, P, rngs)
+    times = time_sampling.Config(0.0, 1.0, 1.0, 16.0)
+    objective = objectives.bind(
+        objectives.dit_loss, state.graph_of(make), "x0", times, objectives.DiTLoss(0.05, 0.3)
+    )
+    optim = optimizer.Config(1e-2, 1e-2, 0.0, 0, 1, 1.0, 0.05)
+    # No clipping: it would hide a factor that all gradients have in common.
+    tx = optax.adam(1e-2, eps=1e-3)
+    rules = ShardingRules()
+
+    rng = np.random.default_rng(0)
+    borders = np.sort(rng.integers(1, L, (B, M)), axis=1)  # anywhere, and not where devices end
+    places = np.arange(L)
+    segments = 1 + (places[None, :, None] >= borders[:, None]).sum(-1)
+    pack = {
+        "patches_BLP": rng.normal(size=(B, L, P)).astype(np.float32),
+        "text_ids_BL": rng.integers(0, 24, (B, L)).astype(np.int32),
+        "segment_ids_BL": np.where(segments > M, 0, segments).astype(np.int32),
+        "positions_BL3": rng.normal(size=(B, L, 3)).astype(np.float32),
+        "is_text_BL": rng.random((B, L)) < 0.2,
+        "given_BL": rng.random((B, L)) < 0.1,
+        "time_index_BL": rng.integers(0, 3, (B, L)).astype(np.int32),
+        "sizes_BM3": rng.integers(1, 512, (B, M, 3)).astype(np.int32),
+    }
+
+    def train(mesh):
+        shardings = state.shardings(make, tx, mesh, rules)
+        now = state.create(make, tx, jax.random.key(0), shardings)
+        # Heads and gates that begin at zero would hide what lies behind them.
+        now.params = jax.tree.map(
+            lambda x, s: jax.device_put(np.random.default_rng(1).normal(size=x.shape) / 6, s)
+            .astype(x.dtype), now.params, shardings.params
+        )
+        step_fn = step.make_step(
+            objective, tx, optim, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
+        )
+        batch = multihost.global_batch(mesh, step.batch_spec(rules, pack), pack)
+        now, metrics = step_fn(now, batch)
+        return jax.tree.map(np.asarray, (metrics["loss"], now.opt_state[0].mu, now.params))
+
+    def difference(one, other):
+        pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+        return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+
+    alone = train(meshes.make(meshes.Config(), jax.devices()[:1]))
+    found = {}
+    for sizes in itertools.product((1, 2, 4, 8), repeat=5):
+        if np.prod(sizes) == 8:
+            made = meshes.make(meshes.Config(**dict(zip(meshes.AXES, sizes, strict=True))))
+            found[str(sizes)] = [difference(*pair) for pair in zip(train(made), alone)]
+    print(json.dumps(found))
+"""
+
+
+def test_every_mesh_of_eight_equals_one_device(new_process):
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    found = new_process("-c", textwrap.dedent(CODE), XLA_FLAGS=flags, JAX_PLATFORMS="cpu").summary
+    assert len(found) == 35
+    for sizes, (loss, gradients, params) in found.items():
+        assert loss < 1e-6, sizes
+        assert gradients < 1e-4, sizes
+        assert params < 1e-4, sizes
