@@ -19,7 +19,7 @@ from vidsim.models import dit, vae
 from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
-from vidsim.stages.run import Run, latent_mark, load_vae, vae_only
+from vidsim.stages.run import Run, average, latent_mark, load_vae, vae_only
 from vidsim.stages.showing import sample_step, vae_plan
 from vidsim.training import (
     checkpoint,
@@ -46,6 +46,7 @@ class Training:
     frozen: tuple[str, ...] = ()  # how the names of parameters begin that stay as they are
     constants: tuple = ()  # trees of arrays that the objective reads beside the parameters
     start: Callable[[], dict] = dict  # parameters that a new state takes from elsewhere, by part
+    adam_factor: Callable[[str], float] | None = None  # of AdamW's rate, by parameter
 
 
 def _local_rows(run: Run, rows: int) -> slice:
@@ -89,7 +90,7 @@ def vae_training(run: Run, stage: str = "vae") -> Training:
             run.clips, plan, run.pipeline, start=start, rows=(_local_rows(run, parts), parts)
         ),
         data=index.summary(run.clips.index, captions=False, draws=_draws(run)),
-        evaluators=lambda run: {"val": functools.partial(_vae_validation, run)},
+        evaluators=lambda run: {"val": functools.partial(_vae_validation, run, stage)},
         constants=(network.params,) if network else (),
     )
 
@@ -116,12 +117,14 @@ def finish_training(run: Run) -> Training:
     return dataclasses.replace(
         vae_training(run, "finish"),
         frozen=("vae/encoder/",),
-        start=lambda: exported.restore(run.path("vae", "checkpoints"), both, "ema"),
+        start=lambda: exported.restore(
+            run.path("vae", "checkpoints"), both, "ema", run.optimizers["vae"].ema_names
+        ),
     )
 
 
-def _vae_validation(run: Run, train_state, step_number):
-    params = multihost.fetch(train_state.ema["vae"])
+def _vae_validation(run: Run, stage: str, train_state, step_number):
+    params = multihost.fetch(average(run, stage, train_state)["vae"])
     if not multihost.is_main():
         return
     models = vae_only(run, params)
@@ -190,7 +193,7 @@ def dit_training(run: Run) -> Training:
         error_at = jax.jit(functools.partial(objectives.x0_error_at, graphdef, run.dit.prediction))
 
         def validate(train_state, step_number):
-            params = multihost.fetch(train_state.ema)
+            params = multihost.fetch(average(run, "dit", train_state))
             if multihost.is_main():
                 yield from evaluator.x0_errors(error_at, params, packs, run.evaluation.times)
 
@@ -202,6 +205,7 @@ def dit_training(run: Run) -> Training:
         objective=objectives.bind(
             objectives.dit_loss, graphdef, run.dit.prediction, run.times, run.losses["dit"]
         ),
+        adam_factor=functools.partial(dit.adam_factor, run.dit),
         batches=lambda start: pipeline.packs(
             load(run.conditions, run.text_dropout, own_rows), plan, run.pipeline, start=start
         ),
@@ -218,8 +222,15 @@ def train(run: Run, training: Training) -> dict:
     """Trains one model from its newest checkpoint to the end."""
     rules = ShardingRules()
     loop_config, optim = run.loops[training.name], run.optimizers[training.name]
-    tx = optimizer.make(optim, loop_config.steps, training.frozen)
-    shardings = state.shardings(training.make_model, tx, run.mesh, rules)
+    of_params = state.shardings_of_params(training.make_model, run.mesh, rules)
+    tx = optimizer.make(
+        optim,
+        loop_config.steps,
+        training.frozen,
+        adam_factor=training.adam_factor,
+        shardings=of_params,
+    )
+    shardings = state.shardings(training.make_model, tx, optim.ema_names, of_params)
     checkpoints = checkpoint.Checkpoints(run.path(training.name, "checkpoints"))
     try:
         if checkpoints.latest is None:
@@ -287,7 +298,8 @@ def train_vae(run: Run) -> dict:
         multihost.run_once(lambda: _write_statistics(run, *statistics), "latent statistics")
         return {"weights": run.config["vae"]["weights"], "parameters": trees.count(params)}
     result = train(run, vae_training(run))
-    params = exported.restore_vae(run.path("vae", "checkpoints"), run.vae, "ema")
+    emas = run.optimizers["vae"].ema_names
+    params = exported.restore_vae(run.path("vae", "checkpoints"), run.vae, "ema", emas)
     models = vae_only(run, params)
     multihost.run_once(lambda: _measure_statistics(run, models), "latent statistics")
     return result

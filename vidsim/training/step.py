@@ -1,4 +1,4 @@
-"""One training step for every model: gradients, optimizer, EMA, and a guard against bad numbers."""
+"""One training step for every model: gradients, optimizer, EMAs, a guard against bad numbers."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def make_step(
 ):
     """`step(state, batch) -> (state, metrics)`, jitted once a batch shape; the state is donated.
 
-    Parameters whose names begin with one of `frozen` are constants, and so is their EMA, to the
+    Parameters whose names begin with one of `frozen` are constants, and so are their EMAs, to the
     bit; give `optimizer.make` the same. `constants` are trees of arrays that the objective reads
     beside them: arguments of the program, where closed over they would be part of it.
 
@@ -44,8 +44,10 @@ def make_step(
     uninterrupted one drew. When loss or gradient is not finite nothing changes but the count
     `skipped` in the metrics and the step.
     """
-    exponent = ema_exponent(config.ema_sigma_rel)
-
+    exponents = {
+        name: ema_exponent(width)
+        for name, width in zip(config.ema_names, config.ema_sigma_rels, strict=True)
+    }
     whole = NamedSharding(mesh, PartitionSpec())
 
     def loss_of(params, *args):
@@ -55,6 +57,11 @@ def make_step(
         )
         return objective(held, *args)
 
+    def kept(new, old):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, new, old: old if trees.name_of(path).startswith(frozen) else new, new, old
+        )
+
     def step(state: TrainState, batch, constants):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         grad = jax.value_and_grad(loss_of, has_aux=True)
@@ -63,13 +70,13 @@ def make_step(
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = update_ema(state.ema, params, state.step + 1, exponent)
-        params, ema = (
-            jax.tree_util.tree_map_with_path(
-                lambda path, new, old: old if trees.name_of(path).startswith(frozen) else new, *pair
+        params = kept(params, state.params)
+        ema = {
+            name: kept(
+                update_ema(state.ema[name], params, state.step + 1, exponent), state.ema[name]
             )
-            for pair in ((params, state.params), (ema, state.ema))
-        )
+            for name, exponent in exponents.items()
+        }
         old = (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(
             lambda new, previous: jnp.where(finite, new, previous), (params, ema, opt_state), old
