@@ -232,7 +232,8 @@ def training(folder: pathlib.Path) -> dict:
     data.close()
 
     tx = optimizer.make(optim, run.loops["dit"].steps)
-    shardings = state.shardings(made.make_model, tx, run.mesh, rules)
+    of_params = state.shardings_of_params(made.make_model, run.mesh, rules)
+    shardings = state.shardings(made.make_model, tx, optim.ema_names, of_params)
     now = state.create(made.make_model, tx, jax.random.key(0), shardings)
     step_fn = step.make_step(
         made.objective,

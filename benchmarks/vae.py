@@ -88,9 +88,8 @@ class Ours:
     """The same network here, without statistics, which diffusers leaves to its pipelines."""
 
     def __init__(self, folder: str, dtype: str, parts: tuple[str, ...] = ("encoder", "decoder")):
-        from vidsim.third_party.wan_vae import weights
-
         from vidsim.models import autoencoder
+        from vidsim.third_party.wan_vae import weights
 
         self.autoencoder = autoencoder
         published = weights.Weights(folder, dtype=dtype, parts=parts)

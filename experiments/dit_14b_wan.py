@@ -24,4 +24,5 @@ def get_config() -> ConfigDict:
     config.dit.model.update(width=5120, depth=40, heads=40, mlp_hidden=16_000)
     config.dit.pack.update(lengths=(75_600,), rows=2, max_segments=1)
     config.dit.earlier = ()
+    config.dit.optimizer.update(ema_sigma_rels=())
     return config

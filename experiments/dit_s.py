@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
         remat="full",
         unroll=1,
         dtype="bfloat16",
+        base_width=384,
     )
     dit.text.update(vocabulary=32_768, features=128, depth=2, heads=1, max_tokens=256)
     dit.times.update(shift_min=1.0)
@@ -52,11 +53,13 @@ def get_config() -> ConfigDict:
     )
     dit.optimizer.update(
         learning_rate=1e-2,
+        muon_scale="spectral",
+        muon_dtype="bfloat16",
         adam_learning_rate=1e-3,
         weight_decay=0.1,
         warmup_steps=2_000,
         decay_steps=40_000,
-        ema_sigma_rel=0.05,
+        ema_sigma_rels=(0.05, 0.1),
     )
     dit.loop.update(steps=200_000, log_every=100, checkpoint_every=1_000, evaluate_every=10_000)
     config.sample.update(frames=121, fps=24.0, steps=40, guidance_scale=5.0, given_frames=17)

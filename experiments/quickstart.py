@@ -113,13 +113,15 @@ def get_config() -> ConfigDict:
                 },
                 "optimizer": {
                     "learning_rate": 2e-2,
+                    "muon_scale": "widening",
+                    "muon_dtype": "float32",
                     "adam_learning_rate": 3e-3,
                     "weight_decay": 0.3,
                     "warmup_steps": 20,
                     "decay_steps": 1700,
                     "clip_norm": 1.0,
                     "accumulate": 1,
-                    "ema_sigma_rel": 0.05,
+                    "ema_sigma_rels": (0.05,),
                 },
                 "loop": {
                     "steps": 2400,
@@ -146,6 +148,7 @@ def get_config() -> ConfigDict:
                     "remat": "none",
                     "unroll": 5,
                     "dtype": "float32",
+                    "base_width": 0,
                 },
                 "text": {
                     "vocabulary": 256,
@@ -167,13 +170,15 @@ def get_config() -> ConfigDict:
                 "earlier": (),  # phases of a curriculum before these values: stages/curriculum.py
                 "optimizer": {
                     "learning_rate": 1.5e-2,
+                    "muon_scale": "widening",
+                    "muon_dtype": "float32",
                     "adam_learning_rate": 2e-3,
                     "weight_decay": 0.1,
                     "warmup_steps": 20,
                     "decay_steps": 500,
                     "clip_norm": 1.0,
                     "accumulate": 1,
-                    "ema_sigma_rel": 0.02,
+                    "ema_sigma_rels": (0.02,),
                 },
                 "loop": {
                     "steps": 800,

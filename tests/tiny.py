@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
     for section in (config.vae, config.dit):
         section.loop.update(steps=6, log_every=1, checkpoint_every=2, evaluate_every=3)
         section.optimizer.update(warmup_steps=2, decay_steps=2)
+    config.vae.optimizer.update(ema_sigma_rels=(0.05, 0.1))
+    config.dit.optimizer.update(ema_sigma_rels=(0.1, 0.02))
 
     config.sample.update(sizes=SIZES, frames=9, fps=8.0, given_frames=5, steps=2)
     config.evaluation.update(batches=1, times=(0.5,), vae_clips=4, batch=2)

@@ -20,6 +20,22 @@ def test_a_sample_of_the_last_weights_is_made_again(tiny, vidsim, tmp_path):
     assert files.read_json(tmp_path / "again.json")["weights"] == "params"
 
 
+def test_each_average_makes_its_own_sample_and_the_first_is_the_default(tiny, vidsim, tmp_path):
+    flags = (f"--run={tiny.workdir}", "--frames=1", "--prompt=a ball")
+    found = {
+        weights: made(vidsim("sample", *flags, f"--out={tmp_path / str(number)}", *weights))
+        for number, weights in enumerate(
+            [(), ("--weights=ema",), ("--weights=ema/0.1",), ("--weights=ema/0.02",)]
+        )
+    }
+    first, ema, tenth, narrow = found.values()
+    assert first == ema == tenth != narrow
+    assert files.read_json(tmp_path / "3.json")["weights"] == "ema/0.02"
+    ended = vidsim("sample", *flags, f"--out={tmp_path / 'none'}", "--weights=ema/0.3")
+    assert ended.code == 2
+    assert "weights='ema/0.3' is none of ema, params, ema/0.1, ema/0.02" in ended.stderr
+
+
 def test_an_export_has_one_kind_of_weights(tiny, vidsim, tmp_path):
     folder = tmp_path / "exported"
     vidsim("export", f"--run={tiny.workdir}", f"--out={folder}", "--weights=params")

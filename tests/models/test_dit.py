@@ -24,6 +24,7 @@ CONFIG = dit.Config(
     remat="none",
     unroll=1,
     dtype="float32",
+    base_width=0,
 )
 TEXT = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4)
 L, P, M = 16, 6, 3
@@ -229,6 +230,7 @@ def test_outputs_and_weights_are_float32_where_activations_are_bfloat16():
         ({"width": 30, "heads": 4}, "width=30 over heads=4 is not an even head dimension"),
         ({"width": 30, "heads": 10}, "width=30 over heads=10 is not an even head dimension"),
         ({"remat": "some"}, "remat='some' is none of .*full.*matmuls.*none"),
+        ({"base_width": -1}, "base_width=-1 is negative"),
     ],
 )
 def test_a_config_that_cannot_be_is_an_error(change, message):

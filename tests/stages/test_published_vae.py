@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.flax import save_file
-from vidsim.third_party.wan_vae import weights
 
 from vidsim import files, trees
+from vidsim.third_party.wan_vae import weights
 
 FACTS = {
     "base_dim": 4,

@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from vidsim.third_party.lpips import weights
 
 from vidsim.errors import InputError
+from vidsim.third_party.lpips import weights
 from vidsim.training import vae_losses
 
 rng = np.random.default_rng(0)

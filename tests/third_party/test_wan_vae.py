@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.flax import save_file
-from vidsim.third_party.wan_vae import weights
 
 from vidsim import trees
 from vidsim.errors import InputError
 from vidsim.models import autoencoder, wan_vae
+from vidsim.third_party.wan_vae import weights
 
 TINY = {
     "_class_name": "AutoencoderKLWan",

@@ -2,8 +2,6 @@
 
 import textwrap
 
-import pytest
-
 # Prints a JSON line: for each mesh how far loss, gradients (Adam's first moments are a tenth of
 # them) and parameters are from those of one device, relative to their largest value, and the shapes
 # that the program gathers.

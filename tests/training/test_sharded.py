@@ -22,10 +22,14 @@ CODE = """
     same = lambda batch: jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, first)
     batches = [first, next(filter(same, batches))]
     optim = run.optimizers[training.name]
-    tx, rules = optimizer.make(optim, 6, training.frozen), ShardingRules()
+    rules = ShardingRules()
 
     def train(mesh):
-        shardings = state.shardings(training.make_model, tx, mesh, rules)
+        of_params = state.shardings_of_params(training.make_model, mesh, rules)
+        tx = optimizer.make(
+            optim, 6, training.frozen, adam_factor=training.adam_factor, shardings=of_params
+        )
+        shardings = state.shardings(training.make_model, tx, optim.ema_names, of_params)
         now = state.create(training.make_model, tx, jax.random.key(0), shardings)
         start = jax.tree.map(np.array, now.params)
         step_fn = step.make_step(
@@ -63,7 +67,9 @@ CODE = """
         found["meshes"][name] = {
             "losses": losses,
             "params": difference(others(now.params), others(alone.params)),
-            "ema": difference(others(now.ema), others(alone.ema)),
+            "ema": max(
+                difference(others(now.ema[name]), others(alone.ema[name])) for name in alone.ema
+            ),
             "judges": difference(judges(now.params), judges(alone.params)),
             "parts": [parts(now.params), parts(now.ema), parts(now.opt_state)],
         }

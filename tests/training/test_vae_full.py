@@ -30,10 +30,13 @@ def full(tiny, vidsim, tmp_path_factory):
 
 
 def state_of(workdir, stage: str, step: int) -> dict:
+    """The parts of a state, and its first average, by the names of parameters."""
     whole = ocp.load(workdir / stage / "checkpoints" / str(step))
+    parts = {"params": whole["params"], "ema": whole["ema"]["0.05"], "wider": whole["ema"]["0.1"]}
+    parts["opt_state"] = whole["opt_state"]
     return {
-        part: {name: np.asarray(leaf) for name, leaf in trees.flatten(whole[part]).items()}
-        for part in ("params", "ema", "opt_state")
+        part: {name: np.asarray(leaf) for name, leaf in trees.flatten(tree).items()}
+        for part, tree in parts.items()
     }
 
 
@@ -69,7 +72,7 @@ def test_finishing_logs_only_its_own_terms(full):
 def test_finishing_leaves_the_encoder_as_the_average_was_and_moves_the_decoder(full):
     workdir, _, statistics = full
     before, after = state_of(workdir, "vae", 6)["ema"], state_of(workdir, "finish", 4)
-    for part in ("params", "ema"):
+    for part in ("params", "ema", "wider"):
         for name, leaf in before.items():
             if name.startswith("vae/encoder/"):
                 np.testing.assert_array_equal(after[part][name], leaf, err_msg=name)

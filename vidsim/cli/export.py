@@ -20,7 +20,11 @@ def define_flags() -> None:
     flags.DEFINE_string("run", None, "Work folder of a trained run.", required=True)
     flags.DEFINE_string("out", None, "Folder to write; must not exist.", required=True)
     flags.DEFINE_enum("format", "safetensors", FORMATS, "Format of the weights.")
-    flags.DEFINE_enum("weights", "ema", models.WEIGHTS, "Averaged or last weights.")
+    flags.DEFINE_string(
+        "weights",
+        "ema",
+        "ema: averaged over the run; ema/WIDTH: by that ema_sigma_rel; params: the last.",
+    )
 
 
 def _check_new() -> None:

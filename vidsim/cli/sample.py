@@ -39,7 +39,11 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", None, "Steps of the sampler.")
     flags.DEFINE_float("guidance_scale", None, "1 is no guidance.")
     flags.DEFINE_string("solver", None, "euler or heun.")
-    flags.DEFINE_enum("weights", "ema", exported.WEIGHTS, "Averaged or last weights of a run.")
+    flags.DEFINE_string(
+        "weights",
+        "ema",
+        "Of a run. ema: averaged; ema/WIDTH: by that ema_sigma_rel; params: the last.",
+    )
 
 
 def _flags() -> dict:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
+from vidsim import files
 from vidsim.data import video
 
 # T frames, H height, W width, C channels.
@@ -136,6 +137,32 @@ def bar_chart(values: dict[str, float], title: str, *, marked: str) -> str:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(title)
     return _svg(figure, title + ": " + ", ".join(f"{k} {v:.3g}" for k, v in values.items()))
+
+
+def log_charts(
+    charts: Sequence[tuple[str, str, dict[str, dict[float, float]]]], path: str | os.PathLike
+) -> None:
+    """Writes an SVG file of charts in two columns, all of their axes logarithmic.
+
+    A chart is (title, what x is, {label: {x: y}}). The file is white and needs no page around it.
+    """
+    ink = {key: "#222222" for key, value in _STYLE.items() if value == _INK}
+    with matplotlib.rc_context(_STYLE | ink | {"figure.facecolor": "white"}):
+        rows = math.ceil(len(charts) / 2)
+        figure = Figure(figsize=(9.6, 3.3 * rows), layout="constrained")
+        for place, (title, x_label, lines) in enumerate(charts, 1):
+            axes = figure.add_subplot(rows, 2, place)
+            shades = matplotlib.colormaps["plasma"](np.linspace(0.15, 0.8, len(lines)))
+            for shade, (label, points) in zip(shades, lines.items(), strict=True):
+                x, y = np.array(sorted(points.items()), np.float64).T
+                axes.plot(x, y, "o-", color=shade, linewidth=1.5, markersize=3.5, label=label)
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_title(title, loc="left")
+            axes.set_xlabel(x_label)
+            axes.legend(fontsize=8)
+        with files.atomic_path(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def contact_sheet(

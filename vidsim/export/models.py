@@ -2,7 +2,7 @@
 
 An exported folder holds
 
-    model.json            configs, provenance, what the weights are (EMA or not)
+    model.json            configs, provenance, what the weights are (which EMA, or none)
     vae.safetensors       weights and latent statistics
     dit.safetensors       weights of transformer and text encoder
     tokenizer.model       SentencePiece
@@ -13,6 +13,7 @@ and samples exactly what the run samples.
 import dataclasses
 import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,6 @@ from vidsim.sampling.generate import Models
 from vidsim.text import encoder, tokenizer
 from vidsim.training import checkpoint
 
-WEIGHTS = ("ema", "params")
 FORMAT = 2
 AUTOENCODERS = {"vae": vae.Config, "wan_vae": wan_vae.Config}
 
@@ -111,20 +111,31 @@ def load(folder: str | os.PathLike) -> Models:
     )
 
 
-def restore(folder: str | os.PathLike, abstract, weights: str):
-    """The newest weights, `ema` or `params`, in the checkpoints of one training stage.
+def choices(emas: Sequence[str]) -> dict[str, str]:
+    """What `--weights` may be, and the part of a training state that it means.
+
+    `params` are the last weights, `ema/NAME` is one of the averages `emas`, `ema` the first, or
+    the last weights where there is none.
+    """
+    by_name = {f"ema/{name}": f"ema/{name}" for name in emas}
+    return {"ema": next(iter(by_name), "params"), "params": "params", **by_name}
+
+
+def restore(folder: str | os.PathLike, abstract, weights: str, emas: Sequence[str]):
+    """The newest weights in the checkpoints of a training stage that keeps the averages `emas`.
 
     Raises:
-      InputError: there is no checkpoint, or `weights` is unknown.
+      InputError: there is no checkpoint, or `weights` is none of `choices(emas)`.
     """
-    if weights not in WEIGHTS:
-        raise InputError(f"weights={weights!r} is none of {WEIGHTS}")
-    return checkpoint.load_part(folder, weights, abstract)
+    known = choices(emas)
+    if weights not in known:
+        raise InputError(f"weights={weights!r} is none of {', '.join(known)}")
+    return checkpoint.load_part(folder, known[weights], abstract)
 
 
-def restore_vae(folder: str | os.PathLike, config: Grid, weights: str):
+def restore_vae(folder: str | os.PathLike, config: Grid, weights: str, emas: Sequence[str]):
     """The autoencoder of a training stage, without what was trained beside it."""
-    return restore(folder, {"vae": abstract_vae(config)}, weights)["vae"]
+    return restore(folder, {"vae": abstract_vae(config)}, weights, emas)["vae"]
 
 
 def statistics_from(path: str | os.PathLike) -> Statistics:

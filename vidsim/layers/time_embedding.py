@@ -18,11 +18,12 @@ def sinusoids(t: jax.Array) -> jax.Array:
 
 
 class TimeEmbedding(nnx.Module):
-    """Times [...] in [0, 1] to vectors [..., width]."""
+    """Times [...] in [0, 1] to vectors [..., width], as large as of a width / `widening`."""
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, widening: float, *, rngs: nnx.Rngs):
         self.first = Linear(2 * FREQUENCIES, width, axes=(None, "embed"), rngs=rngs, init=normal)
-        self.second = Linear(width, width, axes=("embed", None), rngs=rngs, init=normal)
+        narrower = nnx.initializers.normal(0.02 / widening**0.5)
+        self.second = Linear(width, width, axes=("embed", None), rngs=rngs, init=narrower)
 
     def __call__(self, t: jax.Array) -> jax.Array:
         return self.second(jax.nn.silu(self.first(sinusoids(t))))

@@ -24,7 +24,7 @@ from vidsim import config as configs
 from vidsim.attention import segments
 from vidsim.diffusion import flow
 from vidsim.errors import InputError
-from vidsim.layers.linear import Linear, SwiGLU
+from vidsim.layers.linear import Linear, SwiGLU, xavier
 from vidsim.layers.norms import rms_normalise
 from vidsim.layers.parameter import parameter
 from vidsim.layers.rotary import angles, rotate
@@ -92,6 +92,7 @@ class Config:
     remat: str | Mapping | Remat  # one of REMAT_POLICIES, or what a `Remat` is to save and offload
     unroll: int  # layers in one body of the scan: more run faster on a CPU, and compile slower
     dtype: str  # of activations; norms, softmax and the loss are float32
+    base_width: int  # the width that learning rates are found at (muP); 0: this one
 
     def __post_init__(self):
         if self.width % self.heads or self.width // self.heads % 2:
@@ -105,6 +106,39 @@ class Config:
             object.__setattr__(self, "remat", configs.build(Remat, self.remat, where="remat"))
         elif not isinstance(self.remat, Remat) and self.remat not in REMAT_POLICIES:
             raise InputError(f"remat={self.remat!r} is none of {sorted(REMAT_POLICIES)}")
+        if self.base_width < 0:
+            raise InputError(f"base_width={self.base_width} is negative; use a width, or 0")
+
+    @property
+    def widening(self) -> float:
+        """How much wider the network is than the one that learning rates are found at."""
+        return self.width / (self.base_width or self.width)
+
+
+# Matrices that map all of the width and that AdamW serves: their updates add up over the width.
+_SUMMED_OVER_WIDTH = ("time/second/", "modulation/", "head_modulation/", "head/")
+
+
+def adam_factor(config: Config, name: str) -> float:
+    """What AdamW's rate of a parameter is multiplied by, for muP (Table 8, arXiv:2203.03466).
+
+    With Muon's spectral scale on the hidden matrices, and heads of one dimension at all widths,
+    every update then moves activations by as much at any width, and the best rates of a narrow
+    network are those of a wide one.
+    """
+    return 1.0 / config.widening if name.startswith(_SUMMED_OVER_WIDTH) else 1.0
+
+
+def input_init(widening: float):
+    """Xavier of the base width, whatever the width: what comes in has the same size at all."""
+
+    def init(key, shape, dtype):
+        fan_in, fan_out = shape
+        return (
+            xavier(key, shape, dtype) * ((fan_in + fan_out) / (fan_in + fan_out / widening)) ** 0.5
+        )
+
+    return init
 
 
 class Tokens(NamedTuple):
@@ -167,9 +201,10 @@ class DiT(nnx.Module):
         self.config = config
         width = config.width
         self.text = encoder.Encoder(text, rngs)
-        self.patches_in = Linear(patch_values, width, axes=(None, "embed"), rngs=rngs)
-        self.text_in = Linear(text.features, width, axes=(None, "embed"), rngs=rngs)
-        self.time = TimeEmbedding(width, rngs=rngs)
+        init = input_init(config.widening)
+        self.patches_in = Linear(patch_values, width, axes=(None, "embed"), rngs=rngs, init=init)
+        self.text_in = Linear(text.features, width, axes=(None, "embed"), rngs=rngs, init=init)
+        self.time = TimeEmbedding(width, config.widening, rngs=rngs)
         zeros = nnx.initializers.zeros
         self.modulation = Linear(
             width, MODULATIONS * width, axes=("embed", None), rngs=rngs, init=zeros

@@ -5,10 +5,6 @@
 A row of packs is taken as one sample of its whole length, which is the dearest that it can hold.
 """
 
-import dataclasses
-import itertools
-import json
-from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,9 +15,6 @@ from vidsim import trees
 from vidsim.data import packing
 from vidsim.errors import InputError
 from vidsim.export import models as exported
-from vidsim.models import dit
-from vidsim.parallel import chips
-from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.stages import training
 from vidsim.stages.run import Run

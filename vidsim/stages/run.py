@@ -23,7 +23,7 @@ from vidsim.parallel import mesh as meshes
 from vidsim.sampling import generate, modes
 from vidsim.stages import curriculum
 from vidsim.text import encoder, tokenizer
-from vidsim.training import checkpoint, loop, objectives, optimizer, vae_losses
+from vidsim.training import checkpoint, loop, objectives, optimizer, state, vae_losses
 from vidsim.worlds import physics as world
 
 
@@ -430,14 +430,26 @@ def vae_only(run: Run, params, statistics=None) -> generate.Models:
     )
 
 
+def average(run: Run, stage: str, train_state: state.TrainState):
+    """The parameters that are sampled while a stage trains: its first EMA, if it has any."""
+    return next((train_state.ema[n] for n in run.optimizers[stage].ema_names), train_state.params)
+
+
 def load_vae(run: Run, weights: str = "ema") -> generate.Models:
-    """The autoencoder with its newest decoder: of the stage that finishes it, once that began."""
+    """The autoencoder with its newest decoder: of the stage that finishes it, once that began.
+
+    An average that the transformer alone has stands for the autoencoder's own first.
+    """
     if run.published:
         return vae_only(run, *run.published.load())
     statistics = exported.statistics_from(run.path("vae", "latent_statistics.json"))
-    folders = [run.path(name, "checkpoints") for name in ("finish", "vae")]
-    folder = next((path for path in folders if checkpoint.newest(path) is not None), folders[-1])
-    return vae_only(run, exported.restore_vae(folder, run.vae, weights), statistics)
+    finished = checkpoint.newest(run.path("finish", "checkpoints")) is not None
+    stage = "finish" if finished else "vae"
+    emas = run.optimizers[stage].ema_names
+    if weights not in exported.choices(emas):
+        weights = "ema"
+    folder = run.path(stage, "checkpoints")
+    return vae_only(run, exported.restore_vae(folder, run.vae, weights, emas), statistics)
 
 
 def latent_mark(run: Run, models: generate.Models, config: latents.Config) -> str:
@@ -448,10 +460,15 @@ def latent_mark(run: Run, models: generate.Models, config: latents.Config) -> st
 
 
 def load_models(run: Run, weights: str = "ema") -> generate.Models:
-    """The trained models of a run, from its newest checkpoints."""
+    """The trained models of a run, from its newest checkpoints.
+
+    Raises:
+      InputError: there are none, or the transformer has no such `weights`.
+    """
     values = exported.patch_values(run.vae, run.dit)
     abstract = exported.abstract_dit(run.dit, run.text, values)
-    params = exported.restore(run.path("dit", "checkpoints"), abstract, weights)
+    emas = run.optimizers["dit"].ema_names
+    params = exported.restore(run.path("dit", "checkpoints"), abstract, weights, emas)
     return dataclasses.replace(load_vae(run, weights), dit_params=params, tokenizer=run.words())
 
 

@@ -9,7 +9,7 @@ from vidsim.data import buckets, latents, video
 from vidsim.evaluation import evaluator, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
-from vidsim.stages.run import Run, load_models, load_vae
+from vidsim.stages.run import Run, average, load_models, load_vae
 
 _SHOWN = 4  # clips beside their reconstructions
 
@@ -69,7 +69,7 @@ def text_request(run: Run, prompt: str, seed: int, size, frames: int) -> generat
 
 def sample_step(run: Run, train_state, step_number: int):
     """An evaluator that yields no number: samples the fixed prompts at this training step."""
-    params = multihost.fetch(train_state.ema)
+    params = multihost.fetch(average(run, "dit", train_state))
     loaded = load_vae(run)
     if multihost.is_main():
         models = dataclasses.replace(loaded, dit_params=params, tokenizer=run.words())

@@ -25,7 +25,7 @@ from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
 from vidsim.stages import curriculum
-from vidsim.stages.run import Run, latent_mark, load_vae, vae_only
+from vidsim.stages.run import Run, average, latent_mark, load_vae, vae_only
 from vidsim.stages.showing import sample_step, vae_plan
 from vidsim.training import (
     checkpoint,
@@ -40,7 +40,6 @@ from vidsim.training import (
     vae_losses,
 )
 
-
 _ROWS, _TOKENS = ("replica", "fsdp"), ("ring", "sequence")  # mesh axes that split them
 
 
@@ -54,6 +53,7 @@ class Task:
     work: throughput.Work
     frozen: tuple[str, ...] = ()  # how the names of parameters begin that stay as they are
     constants: tuple = ()  # trees of arrays that the objective reads beside the parameters
+    adam_factor: Callable[[str], float] | None = None  # of AdamW's rate, by parameter
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -115,7 +115,7 @@ def vae_training(run: Run, stage: str = "vae") -> Training:
             run.clips, plan, run.pipeline, start=start, rows=(_local_rows(run, parts), parts)
         ),
         data=index.summary(run.clips.index, captions=False, draws=_draws(run)),
-        evaluators=lambda run: {"val": functools.partial(_vae_validation, run)},
+        evaluators=lambda run: {"val": functools.partial(_vae_validation, run, stage)},
     )
 
 
@@ -141,12 +141,14 @@ def finish_training(run: Run) -> Training:
     return dataclasses.replace(
         vae_training(run, "finish"),
         frozen=("vae/encoder/",),
-        start=lambda: exported.restore(run.path("vae", "checkpoints"), both, "ema"),
+        start=lambda: exported.restore(
+            run.path("vae", "checkpoints"), both, "ema", run.optimizers["vae"].ema_names
+        ),
     )
 
 
-def _vae_validation(run: Run, train_state, step_number):
-    params = multihost.fetch(train_state.ema["vae"])
+def _vae_validation(run: Run, stage: str, train_state, step_number):
+    params = multihost.fetch(average(run, stage, train_state)["vae"])
     if not multihost.is_main():
         return
     models = vae_only(run, params)
@@ -189,7 +191,13 @@ def dit_task(run: Run) -> Task:
         run.losses["dit"],
     )
     work = functools.partial(throughput.work_of_packs, flops.of_packs(run.dit, values))
-    return Task(name="dit", make_model=make_model, objective=objective, work=work)
+    return Task(
+        name="dit",
+        make_model=make_model,
+        objective=objective,
+        work=work,
+        adam_factor=functools.partial(dit.adam_factor, run.dit),
+    )
 
 
 def check_divides(rows: int, lengths: Sequence[int], mesh: jax.sharding.Mesh) -> None:
@@ -263,7 +271,7 @@ def dit_training(run: Run) -> Training:
         error_at = jax.jit(functools.partial(objectives.x0_error_at, graphdef, run.dit.prediction))
 
         def validate(train_state, step_number):
-            params = multihost.fetch(train_state.ema)
+            params = multihost.fetch(average(run, "dit", train_state))
             if multihost.is_main():
                 yield from evaluator.x0_errors(error_at, params, packs, run.evaluation.times)
 
@@ -303,8 +311,15 @@ def program(run: Run, task: Task, mesh: jax.sharding.Mesh) -> Program:
     """The program of a task: the one that runs is the one that `compile` compiles."""
     rules = ShardingRules()
     optim = run.optimizers[task.name]
-    tx = optimizer.make(optim, run.loops[task.name].steps, task.frozen)
-    shardings = state.shardings(task.make_model, tx, mesh, rules)
+    of_params = state.shardings_of_params(task.make_model, mesh, rules)
+    tx = optimizer.make(
+        optim,
+        run.loops[task.name].steps,
+        task.frozen,
+        adam_factor=task.adam_factor,
+        shardings=of_params,
+    )
+    shardings = state.shardings(task.make_model, tx, optim.ema_names, of_params)
     step_fn = step.make_step(
         task.objective,
         tx,
@@ -382,7 +397,8 @@ def train_vae(run: Run) -> dict:
         multihost.run_once(lambda: _write_statistics(run, *statistics), "latent statistics")
         return {"weights": run.config["vae"]["weights"], "parameters": trees.count(params)}
     result = train(run, vae_training(run))
-    params = exported.restore_vae(run.path("vae", "checkpoints"), run.vae, "ema")
+    emas = run.optimizers["vae"].ema_names
+    params = exported.restore_vae(run.path("vae", "checkpoints"), run.vae, "ema", emas)
     models = vae_only(run, params)
     multihost.run_once(lambda: _measure_statistics(run, models), "latent statistics")
     return result

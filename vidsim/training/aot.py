@@ -201,7 +201,9 @@ def estimate(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> Estima
 def _seconds(mesh: jax.sharding.Mesh, one: hlo.Operation) -> tuple[float, float]:
     """(seconds of a collective, how many of them other operations run meanwhile)."""
     chip = chips.of(mesh.devices.flat[0])
-    taken = chips.seconds(one.collective.kind, one.collective.sent, mesh, axes_of(one.collective, mesh))
+    taken = chips.seconds(
+        one.collective.kind, one.collective.sent, mesh, axes_of(one.collective, mesh)
+    )
     meanwhile = sum(
         other.times / one.times * max(other.flops / chip.flops, other.bytes / chip.bandwidth)
         for other in one.hidden_by

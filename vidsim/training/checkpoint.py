@@ -8,6 +8,7 @@ next epoch on every sample comes once.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 
@@ -110,7 +111,9 @@ def newest_path(folder: str | os.PathLike) -> pathlib.Path:
 
 
 def load_part(folder: str | os.PathLike, part: str, abstract):
-    """One field of the newest state in `folder`, such as `ema`, on this process's first device.
+    """One part of the newest state in `folder`, such as `params`, on this process's first device.
+
+    A part may be inside of another: `ema/0.05`.
 
     It only reads, so the run may be saving meanwhile, and the mesh that it trains on does not
     matter. Every process reads all of it, and all must call it: Orbax counts its operations, and
@@ -129,5 +132,8 @@ def load_part(folder: str | os.PathLike, part: str, abstract):
     context.pytree.loading.partial_load = True
     context.multiprocessing.primary_host = process
     context.multiprocessing.active_processes = {process}
+    names = part.split("/")
+    wanted = functools.reduce(lambda tree, name: {name: tree}, reversed(names), there)
     with context:
-        return ocp.load(path, {part: there})[part]
+        loaded = ocp.load(path, wanted)
+    return functools.reduce(lambda tree, name: tree[name], names, loaded)

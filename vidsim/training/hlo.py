@@ -293,7 +293,7 @@ class _Reader:
 def first_group(attributes: str) -> tuple[int, ...]:
     """The devices of the first of `replica_groups`, which are written in one of three ways.
 
-        {{0,1},{2,3}}     [2,2]<=[2,2]T(1,0)     mesh['a'=2,'b'=2] {'b'}
+    {{0,1},{2,3}}     [2,2]<=[2,2]T(1,0)     mesh['a'=2,'b'=2] {'b'}
     """
     text = attributes[attributes.index("replica_groups=") + len("replica_groups=") :]
     if listed := re.match(r"\{\{([\d,]+)\}", text):

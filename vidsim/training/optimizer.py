@@ -1,18 +1,17 @@
 """The optimizer: Muon on hidden matrices, AdamW on everything else, warm-up - stable - decay.
 
-Muon (Jordan et al. 2024; arXiv:2502.16982) orthogonalises the momentum of a matrix by five
-Newton-Schulz steps; a convolution counts as the matrix (taps x inputs, outputs), a stack of layers
-as that many matrices.
+Beside the parameters, averages of them over the run are kept, of one width or several.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
 
 from vidsim import trees
 from vidsim.errors import InputError
+from vidsim.training import muon
 
 # Embeddings, inputs, heads and modulation weights are no hidden matrices: AdamW serves them.
 NOT_HIDDEN = ("embedding", "modulation", "time/", "patches_in", "text_in", "head")
@@ -21,19 +20,35 @@ NOT_HIDDEN = ("embedding", "modulation", "time/", "patches_in", "text_in", "head
 @dataclasses.dataclass(frozen=True)
 class Config:
     learning_rate: float  # of Muon
+    muon_scale: str  # of its updates, by the shape of the matrix: one of muon.SCALES
+    muon_dtype: str  # of Newton-Schulz; momentum is float32
     adam_learning_rate: float
     weight_decay: float  # of hidden matrices; norms, biases and embeddings keep their scale
     warmup_steps: int
     decay_steps: int  # the last steps, over which the rate falls linearly to a hundredth
     clip_norm: float
-    ema_sigma_rel: float  # width of the power-function EMA over the run (EDM2, arXiv:2312.02696)
-    accumulate: int = (
-        1  # parts that a batch is taken in, one after the other; a step sums over them
-    )
+    # Widths of the power-function EMAs over the run (EDM2, arXiv:2312.02696); the first is the one
+    # that is sampled and exported unless another is asked for; without any, the last weights are.
+    ema_sigma_rels: tuple[float, ...]
+    accumulate: int = 1  # parts that a batch is taken in, one after the other; a step sums them
 
     def __post_init__(self):
         if self.accumulate < 1:
             raise InputError(f"accumulate={self.accumulate} is under 1; use 1 for whole batches")
+        if self.muon_scale not in muon.SCALES:
+            raise InputError(f"muon_scale={self.muon_scale!r} is none of {sorted(muon.SCALES)}")
+        widths = self.ema_sigma_rels
+        # A width of 12^-1/2 is the plain mean of the run.
+        if len(set(widths)) < len(widths) or not all(0 < w < 0.2886 for w in widths):
+            raise InputError(
+                f"ema_sigma_rels={widths} are not different widths between 0 and 0.2886; "
+                "use (0.05, 0.1)"
+            )
+
+    @property
+    def ema_names(self) -> tuple[str, ...]:
+        """The averages by name, in the order of the config."""
+        return tuple(f"{width:g}" for width in self.ema_sigma_rels)
 
 
 def schedule(config: Config, steps: int, peak: float) -> optax.Schedule:
@@ -48,17 +63,9 @@ def schedule(config: Config, steps: int, peak: float) -> optax.Schedule:
     )
 
 
-def hidden_matrices(params):
-    """`MuonDimensionNumbers` for every hidden matrix, None for the other parameters."""
-
-    def one(name, leaf):
-        if not name.endswith("kernel") or any(part in name for part in NOT_HIDDEN):
-            return None
-        if leaf.ndim == 5:  # convolution: time, height, width, in, out
-            return MuonDimensionNumbers((0, 1, 2, 3), (4,))
-        return MuonDimensionNumbers((leaf.ndim - 2,), (leaf.ndim - 1,))
-
-    return trees.map_named(one, params)
+def is_hidden_matrix(name: str) -> bool:
+    """Whether Muon serves the parameter: matrices, stacks of them and convolutions."""
+    return name.endswith("kernel") and not any(part in name for part in NOT_HIDDEN)
 
 
 def decayed(params):
@@ -69,33 +76,52 @@ def decayed(params):
     return trees.map_named(lambda name, leaf: not name.startswith("discriminator/"), params)
 
 
-def make(config: Config, steps: int, frozen: tuple[str, ...] = ()) -> optax.GradientTransformation:
+def make(
+    config: Config,
+    steps: int,
+    frozen: tuple[str, ...] = (),
+    *,
+    adam_factor: Callable[[str], float] | None = None,
+    shardings=None,
+) -> optax.GradientTransformation:
     """The optimizer of a run of `steps`.
 
-    Parameters whose names begin with one of `frozen` are not updated and have no moments.
+    Args:
+      frozen: parameters whose names begin with one of these are not updated and have no moments.
+      adam_factor: what AdamW's rate of a parameter is multiplied by, by its name.
+      shardings: of the parameters, as a tree; None where all are on one device.
     """
-    tx = optax.chain(
+
+    def label(name, leaf):
+        if name.startswith(frozen):
+            return "frozen"
+        return "muon" if is_hidden_matrix(name) else "adam"
+
+    def by_name(updates, params=None):
+        return trees.map_named(lambda name, leaf: leaf * adam_factor(name), updates)
+
+    muon_rate = schedule(config, steps, config.learning_rate)
+    adam_rate = schedule(config, steps, config.adam_learning_rate)
+    adam = optax.adamw(adam_rate, b1=0.9, b2=0.95, weight_decay=0.0, nesterov=True)
+    return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        muon(
-            schedule(config, steps, config.learning_rate),
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decayed,
-            adam_b1=0.9,
-            adam_b2=0.95,
-            adam_weight_decay=0.0,
-            adam_learning_rate=schedule(config, steps, config.adam_learning_rate),
-            muon_weight_dimension_numbers=hidden_matrices,
+        optax.partition(
+            {
+                "muon": optax.chain(
+                    muon.muon(
+                        scale=config.muon_scale,
+                        dtype=config.muon_dtype,
+                        shardings=shardings and trees.flatten(shardings),
+                    ),
+                    optax.add_decayed_weights(config.weight_decay, decayed),
+                    optax.scale_by_learning_rate(muon_rate),
+                ),
+                "adam": optax.chain(adam, optax.stateless(by_name)) if adam_factor else adam,
+                "frozen": optax.set_to_zero(),
+            },
+            lambda params: trees.map_named(label, params),
         ),
     )
-    if not frozen:
-        return tx
-
-    def labels(params):
-        return trees.map_named(
-            lambda name, leaf: "frozen" if name.startswith(frozen) else "trained", params
-        )
-
-    return optax.partition({"trained": tx, "frozen": optax.set_to_zero()}, labels)
 
 
 def ema_exponent(sigma_rel: float) -> float:

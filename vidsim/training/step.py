@@ -1,4 +1,4 @@
-"""One training step for every model: gradients, optimizer, EMA, and a guard against bad numbers."""
+"""One training step for every model: gradients, optimizer, EMAs, a guard against bad numbers."""
 
 import math
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def make_step(
 ):
     """`step(state, batch) -> (state, metrics)`, jitted once a batch shape; the state is donated.
 
-    Parameters whose names begin with one of `frozen` are constants, and so is their EMA, to the
+    Parameters whose names begin with one of `frozen` are constants, and so are their EMAs, to the
     bit; give `optimizer.make` the same. `constants` are trees of arrays that the objective reads
     beside them: arguments of the program, where closed over they would be part of it.
 
@@ -62,8 +62,10 @@ def make_step(
     Raises:
         InputError: while tracing, a batch that mesh or `config.accumulate` does not divide.
     """
-    exponent = ema_exponent(config.ema_sigma_rel)
-
+    exponents = {
+        name: ema_exponent(width)
+        for name, width in zip(config.ema_names, config.ema_sigma_rels, strict=True)
+    }
     whole = NamedSharding(mesh, PartitionSpec())
 
     def loss_of(params, *args):
@@ -99,6 +101,11 @@ def make_step(
             metrics = {**metrics, "tokens": tokens}
         return (loss, metrics), gradients
 
+    def kept(new, old):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, new, old: old if trees.name_of(path).startswith(frozen) else new, new, old
+        )
+
     def step(state: TrainState, batch, constants):
         with sharding.using(mesh, rules):
             batch = trees.map_named(
@@ -109,17 +116,16 @@ def make_step(
             (loss, metrics), gradients = gradients_of(
                 state.params, batch, key_B, state.step, *constants
             )
-            norm = optax.global_norm(gradients)
-            finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-            updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = update_ema(state.ema, params, state.step + 1, exponent)
-        params, ema = (
-            jax.tree_util.tree_map_with_path(
-                lambda path, new, old: old if trees.name_of(path).startswith(frozen) else new, *pair
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = kept(optax.apply_updates(state.params, updates), state.params)
+        ema = {
+            name: kept(
+                update_ema(state.ema[name], params, state.step + 1, exponent), state.ema[name]
             )
-            for pair in ((params, state.params), (ema, state.ema))
-        )
+            for name, exponent in exponents.items()
+        }
         old = (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(
             lambda new, previous: jnp.where(finite, new, previous), (params, ema, opt_state), old
