@@ -3,9 +3,10 @@
     vidsim compile --config=experiments/dit_14b_wan.py
 
 40 layers of width 5120, and as many parameters as Wan's with its cross-attention: here prompts are
-in the row. Two clips of 81 x 720 x 1280 at Wan's stride of 4 x 16 x 16 pixels a token are 2 x 75,600
-tokens. MaxDiffusion's step at these peaks at 40.85 GiB a device, in bfloat16 and without averages of
-the parameters; so this is without them, too. What is not named here is as in `dit_7b.py`.
+in the row. Two clips of 81 x 720 x 1280 are 2 x 75,600 tokens at Wan's stride of 4 x 16 x 16 pixels
+a token. MaxDiffusion's step at these peaks at 40.85 GiB a device, with weights and moments in
+bfloat16 and no averages of the parameters. Here the weights are float32; there are no averages,
+either. What is not named here is as in `dit_7b.py`.
 """
 
 import pathlib

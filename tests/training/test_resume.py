@@ -3,13 +3,17 @@
 import shutil
 import textwrap
 
+import numpy as np
 import pytest
 
-from vidsim import files
+from vidsim import files, trees
 from vidsim.data import index, prepare
 from vidsim.data.records import Shards
 from vidsim.errors import InputError
+from vidsim.export import models
 from vidsim.stages.run import Run
+from vidsim.stages.training import dit_training
+from vidsim.training import throughput
 
 # `vidsim`, sent SIGNAL by itself as soon as the metrics of STEP are written.
 SIGNALLED = """
@@ -32,7 +36,11 @@ SIGKILL, SIGTERM = 9, 15
 
 
 def rows(workdir, model) -> list[dict]:
-    return files.read_jsonl(workdir / model / "metrics.jsonl")
+    """The metrics of a training, but for how long it took."""
+    return [
+        {name: value for name, value in row.items() if name not in throughput.NAMES}
+        for row in files.read_jsonl(workdir / model / "metrics.jsonl")
+    ]
 
 
 def checkpoints(workdir, model) -> list[int]:
@@ -71,6 +79,84 @@ def test_stopped_and_killed_run_equals_uninterrupted_run(
     again = new_process("-c", code, SIGKILL, 1, *train)
     assert again.summary == files.read_json(tiny.workdir / "stages.json")[model]["result"]
     assert rows(workdir, model) == rows(tiny.workdir, model)
+
+
+TWO_PHASES = """
+    import runpy
+
+    def get_config():
+        config = runpy.run_path("{tiny}")["get_config"]()
+        config.dit.earlier = (
+            {{
+                "steps": 3,
+                "area": 32 * 32,
+                "max_frames": 5,
+                "image_share": 0.5,
+                "lengths": (64,),
+                "rows": 8,
+            }},
+        )
+        return config
+"""
+
+
+@pytest.fixture(scope="module")
+def two_phases(tiny, config, vidsim, tmp_path_factory):
+    """(experiment, work folder) of a transformer that learns small things first, to its end."""
+    folder = tmp_path_factory.mktemp("two_phases")
+    path = folder / "two_phases.py"
+    path.write_text(textwrap.dedent(TWO_PHASES.format(tiny=config)))
+    workdir = tiny.copy(folder / "run", "shards", "world", "tokenizer.model", "vae")
+    flags = (f"--config={path}", f"--workdir={workdir}")
+    encoded = vidsim("encode", *flags).summary
+    assert set(encoded) == {"latents/area1024-frames5", "latents/native-frames13"}
+    assert vidsim("train", *flags, "--model=dit").summary["steps"] == 6
+    return path, workdir
+
+
+def test_each_step_takes_its_phase_and_the_state_goes_on(two_phases):
+    workdir = two_phases[1]
+    run = Run(files.read_json(workdir / "config.json"), workdir)
+    training = dit_training(run)
+    whole = list(training.batches(0))
+    lengths = [batch["segment_ids_BL"].shape[1] for batch in whole]
+    assert lengths == [64, 64, 64, 128, 128, 128]
+    assert max(batch["sizes_BM3"][..., 1:].prod(-1).max() for batch in whole[:3]) <= 32 * 32
+    assert max(batch["sizes_BM3"][..., 1:].prod(-1).max() for batch in whole[3:]) == 32 * 48
+    for start in (2, 4):
+        for found, expected in zip(training.batches(start), whole[start:], strict=True):
+            for name in expected:
+                np.testing.assert_array_equal(found[name], expected[name])
+    # One schedule and one state: the first step of the second phase is the fourth of the run.
+    assert [row["step"] for row in rows(workdir, "dit") if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    losses = [row["loss"] for row in rows(workdir, "dit") if "loss" in row]
+    assert len(set(losses)) == 6
+
+
+def test_a_run_killed_in_its_second_phase_equals_the_uninterrupted_one(
+    two_phases, tiny, new_process, tmp_path
+):
+    path, whole = two_phases
+    workdir = tiny.copy(tmp_path / "run", "shards", "world", "tokenizer.model", "vae")
+    shutil.copytree(whole / "latents", workdir / "latents")
+    train = ("train", f"--config={path}", f"--workdir={workdir}", "--model=dit")
+    killed = new_process("-c", textwrap.dedent(SIGNALLED), SIGKILL, 5, *train)
+    assert killed.code == -SIGKILL, killed.stderr
+    assert 3 <= checkpoints(workdir, "dit")[-1] < 5, "saved in the second phase"
+    again = new_process("-m", "vidsim.cli.main", *train)
+    assert f"dit resumes at step {checkpoints(workdir, 'dit')[0]}" in again.stderr
+    assert rows(workdir, "dit") == rows(whole, "dit")
+    found, expected = (
+        models.restore(folder / "dit" / "checkpoints", abstract(folder), "params", ())
+        for folder in (workdir, whole)
+    )
+    for name, leaf in trees.flatten(expected).items():
+        np.testing.assert_array_equal(trees.flatten(found)[name], leaf, err_msg=name)
+
+
+def abstract(workdir):
+    run = Run(files.read_json(workdir / "config.json"), workdir)
+    return models.abstract_dit(run.dit, run.text, models.patch_values(run.vae, run.dit))
 
 
 def prepare_again(workdir, files_of, tmp_path):

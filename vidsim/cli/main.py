@@ -29,6 +29,7 @@ VERBS = {
     "evaluate": "measures a run and writes its report",
     "export": "writes weights, config and tokenizer for others",
     "run": "all stages of an experiment",
+    "compile": "compiles a step for a TPU slice that need not be there: memory, time, a verdict",
 }
 BAD_INPUT, RESTART = 2, 75
 

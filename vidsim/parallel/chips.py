@@ -70,9 +70,9 @@ def seconds(kind: str, size: float, mesh: jax.sharding.Mesh, axes: tuple[str, ..
     """The least time of a collective over `axes` in which a device sends `size` bytes.
 
     Rings of a gather run along all dimensions at once, in both directions where they are closed. Of
-    an all-to-all, half of what one half of a line of n has must cross its middle, which takes n / 4
-    times as long as a link takes for what one device sends, in a closed ring n / 8. A permutation is
-    from neighbour to neighbour, over one link.
+    an all-to-all, half of what one half of a line of n has must cross its middle: that takes n / 4
+    times as long as one link takes for what one device sends, and n / 8 times in a closed ring. A
+    permutation is from neighbour to neighbour, over one link.
 
     Raises:
       KeyError: the devices are no TPU of `CHIPS`.

@@ -31,7 +31,7 @@ class ShardingRules:
     batch: MeshAxes = ("replica", "fsdp")
     length: MeshAxes = ("ring", "sequence")
     frames: MeshAxes = None
-    height: MeshAxes = None
+    height: MeshAxes = ("ring", "sequence")  # of pixels, as tokens of a row are
     # Axes of parameters. An activation's width is None: batch already uses fsdp there. Devices that
     # share a row share the parameters as well; a ring may cross slices, so it holds copies.
     embed: MeshAxes = ("fsdp", "sequence")

@@ -1,10 +1,11 @@
-"""`vidsim compile`: init and training step of an experiment for a TPU slice, and the best that fits.
+"""Init and training step of an experiment compiled for a TPU slice: does it fit, how fast is it?
 
-    memory, arithmetic and exchanges of one device, the least time of a step, a verdict
-
-A row of packs is taken as one sample of its whole length, which is the dearest that it can hold.
+A row of packs is taken as one sample of its whole length, the dearest that it can hold.
 """
 
+import dataclasses
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -15,10 +16,16 @@ from vidsim import trees
 from vidsim.data import packing
 from vidsim.errors import InputError
 from vidsim.export import models as exported
+from vidsim.parallel import chips
+from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.stages import training
+from vidsim.stages.planning import Table
 from vidsim.stages.run import Run
 from vidsim.training import aot, flops, state, step
+
+# From what computes the least again to what takes the least memory.
+REMATS = ("none", "matmuls", "attention", "full")
 
 
 class Case(NamedTuple):
@@ -27,12 +34,15 @@ class Case(NamedTuple):
     task: training.Task
     batch: dict[str, tuple[tuple[int, ...], type]]  # shape and type by name
     flops: float  # of the model
-    tokens: int | None
     text: str  # for people
+
+    @property
+    def parameters(self) -> int:
+        return trees.count(state.abstract_params(self.task.make_model))
 
 
 def rows_case(run: Run, length: int | None = None, rows: int | None = None) -> Case:
-    """The transformer on `rows` rows of `length` tokens; by default the longest, as many as in a step."""
+    """The transformer on rows of `length` tokens: by default the longest, and those of a step."""
     values, longest = exported.patch_values(run.vae, run.dit), run.pack.lengths[-1]
     length = length or longest
     rows = rows or max(run.pack.tokens // length, 1)
@@ -41,7 +51,7 @@ def rows_case(run: Run, length: int | None = None, rows: int | None = None) -> C
     )
     needed = flops.of_packs(run.dit, values).of(rows * length, rows * length**2)
     text = f"{rows} rows of {length} tokens"
-    return Case(training.dit_task(run), batch, needed, rows * length, text)
+    return Case(training.dit_task(run), batch, needed, text)
 
 
 def clips_case(run: Run, shape: tuple[int, int, int], clips: int) -> Case:
@@ -50,7 +60,7 @@ def clips_case(run: Run, shape: tuple[int, int, int], clips: int) -> Case:
     batch = {"video_BTHWC": ((clips, *shape, 3), np.uint8)}
     needed = flops.of_autoencoder(run.vae, clips, *shape)
     text = f"{clips} clips of {'x'.join(map(str, shape))}"
-    return Case(training.vae_task(run), batch, needed, None, text)
+    return Case(training.vae_task(run), batch, needed, text)
 
 
 def place(
@@ -76,29 +86,146 @@ def place(
     return found
 
 
-class Programs(NamedTuple):
-    """Those of one case."""
+def init_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
+    """Compiles what makes the state."""
+    made = training.program(run, case.task, mesh)
 
-    init: aot.Result
-    step: aot.Result
-    parameters: int
+    def make(key):
+        return state.create(case.task.make_model, made.tx, key, made.shardings)
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
+    return aot.compile_program(jax.jit(make, out_shardings=made.shardings), (key,), mesh)
 
 
-def compile_case(run: Run, case: Case, mesh: jax.sharding.Mesh, *, init: bool = True) -> Programs:
-    """Compiles what makes the state, if wanted, and the step that trains it."""
+def step_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
+    """Compiles the step that trains."""
     made = training.program(run, case.task, mesh)
     now = state.abstract(case.task.make_model, made.tx, made.shardings)
-    stepped = aot.compile_program(
-        jax.jit(made.step, donate_argnums=0), (now, place(case, mesh, made.rules)), mesh
-    )
-    first = None
-    if init:
-        key = jax.random.key(0)
-        whole = NamedSharding(mesh, PartitionSpec())
-        make = jax.jit(
-            lambda key: state.create(case.task.make_model, made.tx, key, made.shardings),
-            out_shardings=made.shardings,
+    arguments = now, place(case, mesh, made.rules)
+    return aot.compile_program(jax.jit(made.step, donate_argnums=0), arguments, mesh)
+
+
+def mfu(case: Case, seconds: float, mesh: jax.sharding.Mesh) -> float:
+    """The share of what the slice can that a step of so many seconds uses."""
+    return case.flops / (seconds * mesh.devices.size * chips.of(mesh.devices.flat[0]).flops)
+
+
+def told(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> dict:
+    """A result for the last line: GiB, seconds, FLOPs; None for what is not known."""
+    found = {"fits": result.fits, "compile_seconds": round(result.compile_seconds, 1)}
+    if result.memory:
+        found["memory_gib"] = {
+            name: None if math.isnan(value) else round(value / chips.GIB, 3)
+            for name, value in vars(result.memory).items()
+        }
+    if result.estimate:
+        found |= {
+            "flops": {
+                "model": case.flops,
+                "program": result.estimate.flops * mesh.devices.size,
+                "xla_once_a_loop": result.xla_flops * mesh.devices.size,
+            },
+            "seconds": {**result.estimate.parts, "scheduled": result.estimate.scheduled},
+            "interconnect_seconds": result.estimate.interconnect,
+            "mfu": {
+                "roofline": mfu(case, result.estimate.roofline, mesh),
+                "scheduled": mfu(case, result.estimate.scheduled, mesh),
+            },
+            "collectives": [dataclasses.asdict(one) for one in result.exchanges],
+        }
+    return found
+
+
+def tables(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> Iterator[Table]:
+    """A result for people."""
+    chip = chips.of(mesh.devices.flat[0])
+    if result.memory:
+        rows = [
+            (name, "" if math.isnan(value) else f"{value / chips.GIB:.2f}")
+            for name, value in vars(result.memory).items()
+        ]
+        yield Table("memory of a device", ("", "GiB"), rows, ())
+    if result.estimate is None:
+        return
+    found = result.estimate
+    rows = [
+        (name, f"{1e3 * seconds:.1f}", f"{100 * mfu(case, seconds, mesh):.1f}" if seconds else "")
+        for name, seconds in (
+            *found.parts.items(),
+            ("roofline", found.roofline),
+            ("scheduled", found.scheduled),
         )
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-        first = aot.compile_program(make, (key,), mesh)
-    return Programs(first, stepped, trees.count(now.params))
+    ]
+    share = case.flops / mesh.devices.size / found.flops
+    notes = (
+        f"of {found.flops / 1e12:.1f} TFLOP a device at {chip.flops / 1e12:.0f} TFLOP/s, "
+        f"{100 * share:.1f} % are the model's; {found.traffic / 1e9:.0f} GB at "
+        f"{chip.bandwidth / 1e9:.0f} GB/s",
+        f"XLA itself tells {result.xla_flops / 1e12:.1f} TFLOP: the body of a loop once, no kernel",
+        f"scheduled: {1e3 * found.exposed:.1f} ms are exchanges that nothing runs beside",
+    )
+    yield Table("a step at the least, and the MFU it allows", ("", "ms", "%"), rows, notes)
+    rows = [
+        (
+            one.kind,
+            one.axes,
+            str(one.count),
+            f"{one.bytes / 1e9:.3f}",
+            f"{1e3 * one.seconds:.1f}",
+            f"{100 * one.hidden / one.seconds:.0f}" if one.seconds else "",
+            one.largest,
+        )
+        for one in result.exchanges
+    ]
+    head = ("", "mesh axes", "times", "GB sent", "ms", "% hidden", "largest")
+    yield Table("exchanges of a device in a step", head, rows, ())
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A way to run a step that fits, as fields of the experiment."""
+
+    mesh: dict[str, int]
+    accumulate: int
+    remat: str
+    seconds: float  # scheduled
+    mfu: float
+    peak_gib: float
+
+
+def search(run_with, case_of, devices) -> Iterator[Choice]:
+    """Yields what fits of microbatch x remat x mesh: of each mesh and microbatch, the fastest.
+
+    Args:
+      run_with: the experiment as a `Run` with fields of another value, by their dotted names.
+      case_of: what a run trains on a step on a mesh.
+
+    Of the remats the first that fits is taken: those after it compute more again.
+    """
+    for mesh in shapes_of_mesh(run_with({}), len(devices)):
+        for accumulate in (1, 2, 4, 8):
+            for remat in REMATS:
+                fields = {f"mesh.{axis}": size for axis, size in mesh.items()}
+                fields |= {"dit.model.remat": remat, "dit.optimizer.accumulate": accumulate}
+                run = run_with(fields)
+                try:
+                    made = meshes.make(run.mesh_config, devices)
+                    case = case_of(run, made)
+                    result = step_of(run, case, made)
+                except InputError:
+                    break  # it does not divide, and no other remat will
+                if result.fits:
+                    seconds = result.estimate.scheduled
+                    peak = result.memory.peak / chips.GIB
+                    yield Choice(mesh, accumulate, remat, seconds, mfu(case, seconds, made), peak)
+                    break
+
+
+def shapes_of_mesh(run: Run, devices: int) -> Iterator[dict[str, int]]:
+    """Meshes that give every device of a batch axis a row, and each token its heads."""
+    for sequence in (2**n for n in range(devices.bit_length())):
+        for ring in (1, 2, 4):
+            fsdp, rest = divmod(devices, sequence * ring)
+            if not rest and fsdp and run.pack.rows % fsdp == 0 and run.dit.heads % sequence == 0:
+                yield {"replica": 1, "ring": ring, "fsdp": fsdp, "sequence": sequence, "tensor": 1}

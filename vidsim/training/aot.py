@@ -1,4 +1,4 @@
-"""The training step compiled for a TPU slice that is not there: does it fit, and how fast can it be?
+"""The training step compiled for a TPU slice that is not there: does it fit, how fast can it be?
 
 XLA's compiler for TPU is a library that runs on any x86 machine, so the very step that trains is
 compiled for a slice that is only named. What it makes of it is read from the program
@@ -58,8 +58,8 @@ def devices_of(topology: str) -> list[jax.Device]:
         ) from error
     if chips.of(devices[0]) is None:
         raise InputError(
-            f"{topology} has chips of the kind {devices[0].device_kind!r}, of which parallel/chips.py "
-            f"has no datasheet; use one of {', '.join(chips.CHIPS)}"
+            f"{topology} has chips of the kind {devices[0].device_kind!r}, which parallel/chips.py "
+            f"has no datasheet of; use one of {', '.join(chips.CHIPS)}"
         )
     return devices
 

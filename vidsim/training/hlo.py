@@ -332,7 +332,7 @@ def _of_convolution(instruction: Instruction, left: Array, right: Array) -> floa
     features = out.dims[output.index("b")] * out.dims[output.index("f")]
     total = 2.0 * features * right.dims[kernel.index("i")]
     window = _window(instruction.attributes)
-    for axis, taps in enumerate(window["size"]):
+    for axis in range(len(window["size"])):
         size = left.dims[labels[1].index(str(axis))]
         outputs = out.dims[output.index(str(axis))]
         total *= _meetings(size, outputs, *(window[name][axis] for name in window))

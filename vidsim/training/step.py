@@ -20,7 +20,7 @@ from vidsim.training.state import TrainState
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 # The names of a batch's arrays end with a letter an axis; these are split.
-LETTERS = {"B": "batch", "L": "length"}
+LETTERS = {"B": "batch", "L": "length", "H": "height"}
 
 
 def _axes(name: str, leaf) -> tuple[str | None, ...]:

@@ -1,0 +1,173 @@
+"""What is read from a compiled program, beside what the program is known to do."""
+
+import textwrap
+
+import pytest
+
+from vidsim.training import hlo
+
+# Prints for a program on 4 x 2 devices, which repeats its exchanges in a loop of 5, a row for each
+# kind of collective and group of devices: how often, bytes sent; and FLOPs of a device.
+CODE = """
+    import collections, functools, json
+    import jax, jax.numpy as jnp
+    from jax.sharding import PartitionSpec as P
+    from vidsim.training import hlo
+
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b"))
+    def program(x):  # [8, 16] of each device
+
+        def body(x, _):
+            whole = jax.lax.all_gather(x, "a", tiled=True)  # [32, 16]
+            y = whole.T @ jnp.sin(whole)  # [16, 16]
+            y = jax.lax.psum(y, ("a", "b"))
+            x = x @ y
+            x = jax.lax.all_to_all(x, "a", 0, 1, tiled=True)  # [2, 64]
+            x = jax.lax.all_to_all(x, "a", 1, 0, tiled=True)
+            x = jax.lax.ppermute(x, "b", [(0, 1), (1, 0)])
+            return x, None
+
+        return jax.lax.scan(body, x, length=5)[0]
+
+    text = jax.jit(program).lower(jnp.zeros((32, 32))).compile().as_text()
+    found = collections.Counter()
+    flops = 0.0
+    for one in hlo.operations(text):
+        flops += one.times * one.flops
+        if one.collective:
+            groups = one.collective.groups
+            pairs = sorted(groups)[0] if one.collective.kind == "collective-permute" else groups[0]
+            found[f"{one.collective.kind} {pairs}", "times"] += one.times
+            found[f"{one.collective.kind} {pairs}", "sent"] += one.times * one.collective.sent
+    print(json.dumps({"flops": flops, **{" ".join(k): v for k, v in found.items()}}))
+"""
+
+
+def test_loops_products_and_exchanges_of_a_program_are_counted(new_process):
+    flags = "--xla_force_host_platform_device_count=8"
+    found = new_process("-c", textwrap.dedent(CODE), XLA_FLAGS=flags, JAX_PLATFORMS="cpu").summary
+    block = 4 * 8 * 16  # bytes
+    assert found.pop("flops") == 5 * 2 * (32 * 16 * 16 + 8 * 16 * 16)
+    assert found == {
+        "all-gather (0, 2, 4, 6) times": 5,
+        "all-gather (0, 2, 4, 6) sent": 5 * 3 * block,
+        "all-reduce (0, 1, 2, 3, 4, 5, 6, 7) times": 5,
+        "all-reduce (0, 1, 2, 3, 4, 5, 6, 7) sent": 5 * 2 * 7 / 8 * 4 * 16 * 16,
+        "all-to-all (0, 2, 4, 6) times": 10,
+        "all-to-all (0, 2, 4, 6) sent": 10 * 3 / 4 * block,
+        "collective-permute (0, 1) times": 5,
+        "collective-permute (0, 1) sent": 5 * block,
+    }
+
+
+# As XLA writes it for TPU, shortened.
+TPU = """\
+HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter.1 (input: f32[64,128]) -> f32[16,128] {
+  %input = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %all-reduce.5 = f32[64,128]{1,0:T(8,128)} all-reduce(%input), channel_id=4, \
+replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %cut = f32[16,128]{1,0:T(8,128)} dynamic-slice(%all-reduce.5, %zero, %zero), \
+dynamic_slice_sizes={16,128}
+}
+
+%slice_and_product (stack: bf16[12,64,128], row: bf16[32,64]) -> bf16[32,128] {
+  %stack = bf16[12,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %layer = s32[] constant(3)
+  %one = bf16[1,64,128]{2,1,0:T(8,128)(2,1)} dynamic-slice(%stack, %layer, %layer, %layer), \
+dynamic_slice_sizes={1,64,128}
+  %weights = bf16[64,128]{1,0:T(8,128)(2,1)} bitcast(%one)
+  %row = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %convolution.1 = bf16[32,128]{1,0:T(8,128)(2,1)} convolution(%row, %weights), \
+dim_labels=bf_io->bf
+}
+
+%body (state: (s32[], bf16[12,64,128], bf16[32,64])) -> (s32[], bf16[12,64,128], bf16[32,64]) {
+  %state = (s32[], bf16[12,64,128]{2,1,0}, bf16[32,64]{1,0:S(1)}) parameter(0)
+  %weights.1 = bf16[12,64,128]{2,1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %row.1 = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=2
+  %start = (bf16[32,64]{1,0}, bf16[128,64]{1,0}, u32[], u32[]) all-gather-start(%row.1), \
+replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2] {'axis_1'}, dimensions={0}
+  %product = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%weights.1, %row.1), kind=kOutput, \
+calls=%slice_and_product
+  %done = bf16[128,64]{1,0} all-gather-done(%start)
+  ROOT %next = (s32[], bf16[12,64,128]{2,1,0}, bf16[32,64]{1,0:S(1)}) tuple(%state)
+}
+
+%condition (state: (s32[], bf16[12,64,128], bf16[32,64])) -> pred[] {
+  %state.1 = (s32[], bf16[12,64,128]{2,1,0}, bf16[32,64]{1,0:S(1)}) parameter(0)
+  %counter = s32[] get-tuple-element(%state.1), index=0
+  %rounds = s32[] constant(12)
+  ROOT %lt = pred[] compare(%counter, %rounds), direction=LT
+}
+
+ENTRY %main (a: f32[64,128]) -> f32[16,128] {
+  %a = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %begin = (s32[], bf16[12,64,128]{2,1,0}, bf16[32,64]{1,0:S(1)}) tuple(%a)
+  %loop = (s32[], bf16[12,64,128]{2,1,0}, bf16[32,64]{1,0:S(1)}) while(%begin), \
+condition=%condition, body=%body
+  ROOT %scattered = f32[16,128]{1,0:T(8,128)} fusion(%a), kind=kCustom, \
+calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_program_of_a_tpu_is_read():
+    gather, product, scatter = sorted(
+        hlo.operations(TPU), key=lambda one: (one.times == 1, one.flops)
+    )
+    assert (gather.times, product.times, scatter.times) == (12, 12, 1)
+    assert product.flops == 2 * 32 * 64 * 128
+    # Of the stack the slice of one layer; the row is in the small memory.
+    assert product.bytes == 2 * (64 * 128 + 32 * 128)
+    assert gather.collective.groups == ((0, 2, 4, 6),)
+    assert gather.collective.sent == 2 * 128 * 64 * 3 / 4
+    assert gather.asynchronous and gather.hidden_by == (product,)
+    assert scatter.collective.kind == "reduce-scatter"
+    assert scatter.collective.sent == 4 * 64 * 128 * 3 / 4
+    assert not scatter.asynchronous
+
+
+@pytest.mark.parametrize(
+    ("written", "group"),
+    [
+        ("replica_groups={{0,3},{1,2}}, dimensions={0}", (0, 3)),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", (0, 1, 4, 5)),
+    ],
+)
+def test_groups_of_devices_are_read_in_every_form(written, group):
+    assert hlo.first_group(written) == group
+
+
+@pytest.mark.parametrize(
+    ("attributes", "left", "right", "out", "products"),
+    [
+        # 3 taps over 8 positions with zeros around: two of the 24 products meet them.
+        ("window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", "2,8,5", "3,5,7", "2,8,7", 22 * 70),
+        # A batched matrix product: a window as long as the batch, of which one tap meets each.
+        (
+            "window={size=8 stride=7 lhs_dilate=8}, dim_labels=b0f_o0i->0bf",
+            "4,8,5",
+            "7,8,5",
+            "8,4,7",
+            8 * 4 * 7 * 5,
+        ),
+        ("dim_labels=bf_io->bf", "4,5", "5,7", "4,7", 4 * 5 * 7),
+    ],
+)
+def test_only_taps_that_meet_an_input_are_counted(attributes, left, right, out, products):
+    text = f"""\
+ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
+  %a = f32[{left}]{{0}} parameter(0)
+  %b = f32[{right}]{{0}} parameter(1)
+  ROOT %c = f32[{out}]{{0}} convolution(%a, %b), {attributes}
+}}
+"""
+    (one,) = hlo.operations(text)
+    assert one.flops == 2 * products
