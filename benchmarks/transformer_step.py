@@ -153,7 +153,7 @@ class Ours:
 
 
 class Theirs:
-    """The same in PyTorch. `dtype`: of the products, or "bfloat16 model" for one without masters."""
+    """The same in PyTorch. `dtype` is of the products, or "bfloat16 model": without masters."""
 
     def __init__(self, dtype: str, tokens: int, shape: dict):
         import torch
@@ -223,7 +223,7 @@ def rates(size: int) -> dict:
         product = jax.jit(lambda x, y: jnp.matmul(x, y, preferred_element_type=jnp.float32))
         p, q = (torch.from_numpy(array).to(getattr(torch, dtype)) for array in (a, b))
         for name, run in (
-            ("ours", lambda x=x, y=y: product(x, y).block_until_ready()),
+            ("ours", lambda x=x, y=y, product=product: product(x, y).block_until_ready()),
             ("theirs", lambda p=p, q=q: p @ q),
         ):
             run()
@@ -288,9 +288,7 @@ def memory(side: str, dtype: str, tokens: int, quick: bool) -> float:
     return row["peak"] / 1e9
 
 
-def main(
-    *, quick: bool = False, count: int | None = None, memory_too: bool = True
-) -> list[dict]:
+def main(*, quick: bool = False, count: int | None = None, memory_too: bool = True) -> list[dict]:
     """All claims; `count` keeps only the first so many lengths."""
     lengths = (QUICK_TOKENS if quick else TOKENS)[:count]
     shape = QUICK_SHAPE if quick else SHAPE

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-MASKED = -1e9  # the score of what may not be seen, and the lse of a query that sees nothing
+from vidsim.attention.blocks import MASKED, meeting, pad_ids, span
+
 BLOCK = 512  # most queries, or keys, of a block: its scores stay in the second-level cache
 
 
@@ -250,31 +251,18 @@ def _part(x, row, start, size: int, *, axis: int = 0):
 
 
 def _cut(q_ids_BL, k_ids_BM) -> _Blocks:
-    (queries, i), (keys, j) = (_sizes(ids.shape[1]) for ids in (q_ids_BL, k_ids_BM))
-    padding = ((0, 0), (0, i * queries - q_ids_BL.shape[1]))
-    q_ids = jnp.pad(q_ids_BL, padding, constant_values=-1)
-    padding = ((0, 0), (0, j * keys - k_ids_BM.shape[1]))
-    k_ids = jnp.pad(k_ids_BM, padding, constant_values=-2)
-
-    def bounds(ids, count):
-        rising = jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max).reshape(len(ids), count, -1)
-        return rising.min(-1), rising.max(-1)
-
-    (q_low, q_high), (k_low, k_high) = bounds(q_ids, i), bounds(k_ids, j)
-    meet_Bij = (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
-
-    def span(meet):
-        first, behind = jnp.argmax(meet, -1), jnp.argmax(meet[..., ::-1], -1)
-        return first, jnp.where(meet.any(-1), meet.shape[-1] - behind, first)
-
+    queries, keys = _size(q_ids_BL.shape[1]), _size(k_ids_BM.shape[1])
+    q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, queries, keys)
+    meet_Bij = meeting(q_ids, k_ids, queries, keys)
+    _, i, j = meet_Bij.shape
     return _Blocks(queries, keys, i, j, q_ids, k_ids, span(meet_Bij), span(meet_Bij.mT))
 
 
-def _sizes(length: int) -> tuple[int, int]:
-    """Size and number of a row's blocks: alike, at most `BLOCK`, of whole cache lines if several."""
+def _size(length: int) -> int:
+    """Tokens of a block: blocks are alike, at most `BLOCK`, of whole cache lines if several."""
     count = -(-length // BLOCK)
     size = -(-length // count)
-    return (size, 1) if count == 1 else (-(-size // 16) * 16, count)
+    return size if count == 1 else -(-size // 16) * 16
 
 
 def _columns(x_BLNK, ids):
