@@ -1,8 +1,10 @@
 """The linear map and the SwiGLU of every model here: no biases, logical axes on every kernel."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from vidsim.layers.parameter import parameter, weight
 from vidsim.parallel import sharding
@@ -11,14 +13,58 @@ xavier = nnx.initializers.xavier_uniform()
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x @ kernel over the last axis, as one product of two matrices.
+    """x @ kernel over the last axis, in x's dtype, as one product of two matrices.
 
     On a CPU the gradient of XLA's product with leading axes takes up to twice as long. Where rows
     are split over devices the axes stay: no layout has tokens of parts of rows as one axis.
     """
     if sharding.splits("length"):
-        return x @ kernel
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+        return _plain(x, kernel)
+    product = _plain if x.dtype == jnp.float32 else _product
+    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+
+
+def _plain(x, kernel):
+    return x @ kernel.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _product(x, kernel):
+    """`_plain` of less than float32, in the one form that is fast on a CPU too.
+
+    XLA has a fast product of bfloat16 there for operands that lie row by row and a result in
+    float32. Every other form, and so each of a gradient's, takes two to three times as long.
+    """
+    return jax.lax.platform_dependent(x, kernel, cpu=_row_major, default=_plain)
+
+
+def _row_major(x, kernel):
+    return _dot(x, kernel.astype(x.dtype)).astype(x.dtype)
+
+
+def _row_major_gradient(x, kernel, g):
+    by_x = _dot(g, _transposed(kernel.astype(x.dtype))).astype(x.dtype)
+    return by_x, _dot(_transposed(x), g).astype(kernel.dtype)
+
+
+def _dot(a, b):
+    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _transposed(x):
+    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+
+
+def _gradient(residuals, g):
+    return jax.lax.platform_dependent(
+        *residuals,
+        g,
+        cpu=_row_major_gradient,
+        default=lambda x, kernel, g: jax.vjp(_plain, x, kernel)[1](g),
+    )
+
+
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _gradient)
 
 
 class Linear(nnx.Module):
