@@ -10,7 +10,14 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from vidsim import trees
+from vidsim.data import packing
+from vidsim.export import models
+from vidsim.parallel import mesh
+from vidsim.parallel.sharding import ShardingRules
+from vidsim.stages import training
 from vidsim.stages.run import Run
+from vidsim.training import state
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "__init__")
@@ -18,6 +25,15 @@ AUTOENCODERS = {  # (time, space) of a latent, its channels, millions of paramet
     "vae_4x8x8_16": ((4, 8), 16, 96),
     "vae_4x16x16_48": ((4, 16), 48, 266),
     "vae_8x32x32_128": ((8, 32), 128, 426),
+}
+TRANSFORMERS = {  # millions of parameters, devices of its slice
+    "dit_s": (33, 16),
+    "dit_b": (130, 64),
+    "dit_l": (460, 64),
+    "dit_xl": (1300, 64),
+    "dit_7b": (7000, 128),
+    "dit_14b_wan": (14_000, 8),
+    "dit_30b": (30_000, 512),
 }
 
 
@@ -52,5 +68,56 @@ def test_an_autoencoder_compresses_as_its_name_says(name, tmp_path):
     assert back.shape == video.shape
 
 
-def test_every_file_of_an_autoencoder_is_tested():
-    assert set(AUTOENCODERS) == {path.stem for path in FILES if path.stem.startswith("vae_")}
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_is_as_large_as_its_name_says_and_divides_over_its_slice(name, tmp_path):
+    millions, devices = TRANSFORMERS[name]
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    make_model = training.dit_task(run).make_model
+    count = trees.count(state.abstract_params(make_model))
+    assert count / 1e6 == pytest.approx(millions, rel=0.05)
+
+    _, _, sizes = run.config["topology"].partition(":")
+    assert math.prod(map(int, sizes.split("x"))) == devices
+    axes = {axis: getattr(run.mesh_config, axis) for axis in mesh.AXES}
+    fixed = math.prod(size for size in axes.values() if size > 0)
+    axes = {axis: devices // fixed if size < 0 else size for axis, size in axes.items()}
+    assert math.prod(axes.values()) == devices
+    drawn = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    for phase in run.phases:
+        training.check_divides(phase.pack.rows, phase.pack.lengths, drawn)
+    # Parameters are spread evenly: no large one is whole anywhere.
+    found = state.shardings_of_params(make_model, drawn, ShardingRules())
+    shapes = trees.flatten(state.abstract_params(make_model))
+    held = sum(
+        math.prod(sharding.shard_shape(shapes[parameter].shape))
+        for parameter, sharding in trees.flatten(found).items()
+    )
+    assert held < 1.1 * count / devices + 1e6
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_longest_rows_of_a_transformer_have_a_loss(name, tmp_path):
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    task = training.dit_task(run)
+    params = state.abstract_params(task.make_model)
+    for phase in (run.phases[0], run.phases[-1]):
+        shapes = packing.shapes(
+            phase.pack.rows,
+            length=phase.pack.lengths[-1],
+            max_segments=phase.pack.max_segments,
+            patch_values=models.patch_values(run.vae, run.dit),
+        )
+        pack = {name: jax.ShapeDtypeStruct(*array) for name, array in shapes.items()}
+        keys = jax.eval_shape(
+            lambda rows=phase.pack.rows: jax.random.split(jax.random.key(0), rows)
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        loss, metrics = jax.eval_shape(task.objective, params, pack, keys, step)
+        assert (loss.shape, loss.dtype) == ((), jnp.float32)
+        assert "tokens" in metrics
+
+
+def test_every_size_is_tested():
+    names = {path.stem for path in FILES}
+    assert set(AUTOENCODERS) == {name for name in names if name.startswith("vae_")}
+    assert set(TRANSFORMERS) == {name for name in names if name.startswith("dit_")}

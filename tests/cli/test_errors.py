@@ -253,6 +253,13 @@ def test_missing_data_folder_does_not_claim_the_workdir(vidsim, config, tmp_path
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize("value", ["10", "10:10", "20:10", "a:b"])
+def test_a_profile_of_no_steps_is_told_before_any_work(vidsim, config, tmp_path, value):
+    run = ("run", f"--config={config}", f"--workdir={tmp_path / 'run'}", f"--profile={value}")
+    refused(vidsim(*run), f"--profile={value} names no steps", "give START:STOP, as 10:15")
+    assert not (tmp_path / "run").exists()
+
+
 def test_missing_run(vidsim, tmp_path):
     run, out = tmp_path / "nowhere", tmp_path / "out"
     ended = vidsim("sample", f"--run={run}", f"--out={out / 'ball'}")

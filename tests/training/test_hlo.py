@@ -92,6 +92,10 @@ dim_labels=bf_io->bf
   %row.1 = bf16[32,64]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state), index=2
   %start = (bf16[32,64]{1,0}, bf16[128,64]{1,0}, u32[], u32[]) all-gather-start(%row.1), \
 replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=2] {'axis_1'}, dimensions={0}
+  %kernel = (f32[8]{0}, bf16[32,64]{1,0:S(1)}) custom-call(%row.1), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+
+}}, backend_config={"cost_estimate":{"flops":"4096","bytes_accessed":"64"}}
   %product = bf16[32,128]{1,0:T(8,128)(2,1)} fusion(%weights.1, %row.1), kind=kOutput, \
 calls=%slice_and_product
   %done = bf16[128,64]{1,0} all-gather-done(%start)
@@ -117,16 +121,17 @@ calls=%all-reduce-scatter.1
 
 
 def test_a_program_of_a_tpu_is_read():
-    gather, product, scatter = sorted(
+    gather, kernel, product, scatter = sorted(
         hlo.operations(TPU), key=lambda one: (one.times == 1, one.flops)
     )
-    assert (gather.times, product.times, scatter.times) == (12, 12, 1)
+    assert [one.times for one in (gather, kernel, product, scatter)] == [12, 12, 12, 1]
+    assert (kernel.flops, kernel.bytes) == (4096, 64)
     assert product.flops == 2 * 32 * 64 * 128
     # Of the stack the slice of one layer; the row is in the small memory.
     assert product.bytes == 2 * (64 * 128 + 32 * 128)
     assert gather.collective.groups == ((0, 2, 4, 6),)
     assert gather.collective.sent == 2 * 128 * 64 * 3 / 4
-    assert gather.asynchronous and gather.hidden_by == (product,)
+    assert gather.asynchronous and gather.hidden_by == (kernel, product)
     assert scatter.collective.kind == "reduce-scatter"
     assert scatter.collective.sent == 4 * 64 * 128 * 3 / 4
     assert not scatter.asynchronous

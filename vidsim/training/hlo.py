@@ -80,12 +80,13 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a module by name, and which of them is the entry."""
     computations: dict[str, Computation] = {}
     current, entry = {}, ""
-    for line in text.splitlines():
-        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+    # What kernels tell may go over several lines.
+    for line in re.split(r"\n(?=\s+(?:ROOT )?%|ENTRY |%|\}|\n)", text):
+        header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
         if header:
             current = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
-        elif found := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line):
+        elif found := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)", line, re.DOTALL):
             current[found[1]] = _instruction(found[1], found[2])
     return computations, entry
 
