@@ -185,12 +185,22 @@ def test_padding_never_affects_outputs_or_gradients(params, plain_gradient):
     assert not np.any(wild[1][0, ~mask[0]]) and np.any(wild[1][0, mask[0]])
 
 
-@pytest.mark.parametrize("remat", ["full", "matmuls"])
-def test_rematerialised_equals_stored(params, plain_gradient, remat):
+@pytest.mark.parametrize(
+    ("remat", "unroll"),
+    [
+        ("full", 1),
+        ("matmuls", 2),
+        ({"save": ("qkv",), "offload": ("layer_input", "attention_out")}, 1),
+    ],
+)
+def test_rematerialised_equals_stored_and_unrolled_equals_scanned(
+    params, plain_gradient, remat, unroll
+):
     row, _ = row_of(*SAMPLES)
     mask = np.ones((1, L), bool)
     stored = plain_gradient(params, row, mask)
-    again = gradient_of(dataclasses.replace(CONFIG, remat=remat))(params, row, mask)
+    config = dataclasses.replace(CONFIG, remat=remat, unroll=unroll)
+    again = gradient_of(config)(params, row, mask)
     # The same sums, fused otherwise by the compiler: float32 relative to the largest gradient.
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(stored))
     jax.tree.map(
@@ -231,6 +241,9 @@ def test_outputs_and_weights_are_float32_where_activations_are_bfloat16():
         ({"width": 30, "heads": 10}, "width=30 over heads=10 is not an even head dimension"),
         ({"remat": "some"}, "remat='some' is none of .*full.*matmuls.*none"),
         ({"base_width": -1}, "base_width=-1 is negative"),
+        ({"remat": {"save": ("q",)}}, "remat: 'q' is none of the tensors layer_input, qkv"),
+        ({"remat": {"save": ("qkv",), "offload": ("qkv",)}}, "name a tensor twice"),
+        ({"remat": {"keep": ("qkv",)}}, r"unknown config key remat.keep"),
     ],
 )
 def test_a_config_that_cannot_be_is_an_error(change, message):

@@ -43,14 +43,16 @@ CODE = """
         "sizes_BM3": rng.integers(1, 512, (B, M, 3)).astype(np.int32),
     }
 
+    # Heads and gates that begin at zero would hide what lies behind them.
+    params = jax.tree.map(
+        lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 6, state.abstract_params(make)
+    )
+    first = state.TrainState(np.int32(0), params, params, tx.init(params))
+    first = jax.tree.map(np.array, first)  # steps give the buffers away
+
     def train(mesh):
         shardings = state.shardings(make, tx, mesh, rules)
-        now = state.create(make, tx, jax.random.key(0), shardings)
-        # Heads and gates that begin at zero would hide what lies behind them.
-        now.params = jax.tree.map(
-            lambda x, s: jax.device_put(np.random.default_rng(1).normal(size=x.shape) / 6, s)
-            .astype(x.dtype), now.params, shardings.params
-        )
+        now = jax.device_put(first, shardings)
         step_fn = step.make_step(
             objective, tx, optim, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
         )

@@ -7,12 +7,10 @@ segment like the others, so its tokens see only each other and the softmax alway
 # B batch, L tokens, N heads, K head dim
 
 import functools
-import math
 
 import jax
 
 from vidsim.attention import cpu, plain, sequence, tpu
-from vidsim.errors import InputError
 from vidsim.parallel import sharding
 
 # By platform. A kernel is a function of one device's q, k, v and of the ids of queries and keys:
@@ -34,33 +32,15 @@ def attend(
     Raises:
         InputError: the mesh does not divide rows, tokens or heads.
     """
-    if sharding.current() is None:
+    placement = sharding.current()
+    if placement is None:
         kernel = KERNELS[jax.default_backend()]
         return kernel(q_BLNK, k_BLNK, v_BLNK, segment_ids_BL, segment_ids_BL)[0]
-    mesh, rules = sharding.current()
-    spec = rules.sharding(mesh, AXES, q_BLNK.shape).spec
-    _check_heads(q_BLNK.shape[2], mesh, rules)
-    split = sharding.mesh_axes(rules.length)
-    local = functools.partial(
-        sequence.attend,
-        KERNELS[mesh.devices.flat[0].platform],
-        [axis for axis in split if mesh.shape[axis] > 1],
-    )
-    specs = (spec, spec, spec, rules.spec(AXES[:2]))
-    spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return spread(q_BLNK, k_BLNK, v_BLNK, segment_ids_BL)
-
-
-def _check_heads(heads: int, mesh: jax.sharding.Mesh, rules: sharding.ShardingRules) -> None:
-    if "sequence" not in sharding.mesh_axes(rules.length):
-        return
-    tensor = math.prod(mesh.shape[axis] for axis in sharding.mesh_axes(rules.heads))
-    exchanged = mesh.shape["sequence"]
-    if heads // tensor % exchanged:
-        largest = math.gcd(heads // tensor, exchanged)
-        raise InputError(
-            f"{heads} heads over tensor={tensor} leave {heads // tensor} a device, which "
-            f"sequence={exchanged} does not divide; use sequence={largest} with "
-            f"ring={mesh.shape['ring'] * exchanged // largest}, or a multiple of "
-            f"{tensor * exchanged} heads"
-        )
+    mesh, rules, local = placement
+    kernel = KERNELS[mesh.devices.flat[0].platform]
+    program = functools.partial(sequence.attend, kernel, placement.split("length"))
+    if not local:
+        spec = rules.sharding(mesh, AXES, q_BLNK.shape).spec
+        specs = (spec, spec, spec, rules.spec(AXES[:2]))
+        program = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+    return program(q_BLNK, k_BLNK, v_BLNK, segment_ids_BL)

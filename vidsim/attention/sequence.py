@@ -15,23 +15,30 @@ runs inside of `shard_map`, on one device's arrays.
 # B batch, L tokens of this device, N heads, K head dim
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from vidsim.errors import InputError
+
 # (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM) -> (o_BLNK, lse_BNL)
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def attend(kernel: Kernel, split: list[str], q_BLNK, k_BLNK, v_BLNK, ids_BL) -> jax.Array:
+def attend(kernel: Kernel, split: tuple[str, ...], q_BLNK, k_BLNK, v_BLNK, ids_BL) -> jax.Array:
     """Attention of this device's tokens to all of their row, [B, L, N, K].
 
     `split` are the mesh axes, of `ring` and `sequence`, that the tokens are split over.
+
+    Raises:
+        InputError: `sequence` does not divide the heads.
     """
     qkv = (q_BLNK, k_BLNK, v_BLNK)
     if "sequence" in split:
+        _check_heads(q_BLNK.shape[2], split)
         qkv = jax.lax.all_to_all(qkv, "sequence", split_axis=2, concat_axis=1, tiled=True)
         ids_BL = jax.lax.all_gather(ids_BL, "sequence", axis=1, tiled=True)
     if "ring" in split:
@@ -41,6 +48,17 @@ def attend(kernel: Kernel, split: list[str], q_BLNK, k_BLNK, v_BLNK, ids_BL) -> 
     if "sequence" in split:
         out = jax.lax.all_to_all(out, "sequence", split_axis=1, concat_axis=2, tiled=True)
     return out
+
+
+def _check_heads(heads: int, split: tuple[str, ...]) -> None:
+    devices = jax.lax.axis_size("sequence")
+    if heads % devices:
+        most = math.gcd(heads, devices)
+        ring = devices // most * (jax.lax.axis_size("ring") if "ring" in split else 1)
+        raise InputError(
+            f"the {heads} heads of a device do not divide over mesh sequence = {devices}; use "
+            f"sequence={most} and ring={ring}, or more heads"
+        )
 
 
 # Differentiated by hand: otherwise the backward pass would hold the keys of the whole row, which

@@ -16,6 +16,6 @@ def parameter(init, shape: tuple[int, ...], *, axes: tuple[str | None, ...], rng
     return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
-def weight(param: nnx.Param, dtype) -> jax.Array:
-    """What a layer computes with: the parameter in `dtype`, gathered where fsdp spreads it."""
-    return sharding.gathered(param[...].astype(dtype), sharding.axes_of(param))
+def weight(param: nnx.Param, dtype, *, whole: bool = False) -> jax.Array:
+    """What a layer computes with: the parameter in `dtype`, and as `sharding.gathered` says."""
+    return sharding.gathered(param[...].astype(dtype), sharding.axes_of(param), whole=whole)

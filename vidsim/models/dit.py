@@ -29,7 +29,7 @@ from vidsim.layers.norms import rms_normalise
 from vidsim.layers.parameter import parameter
 from vidsim.layers.rotary import angles, rotate
 from vidsim.layers.time_embedding import TimeEmbedding
-from vidsim.parallel.sharding import constrain
+from vidsim.parallel import sharding
 from vidsim.text import encoder
 
 MODULATIONS = 6  # shift, scale, gate of attention and of the MLP
@@ -178,17 +178,17 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             chosen_BLS @ modulation_BS6D[:, :, i] for i in range(MODULATIONS)
         )
-        x_BLD = checkpoint_name(constrain(x_BLD, ("batch", "length", None)), "layer_input")
+        x_BLD = checkpoint_name(x_BLD, "layer_input")
         h = rms_normalise(x_BLD) * (1 + scale_a) + shift_a
         q, k, v = (
-            checkpoint_name(f(h), "qkv").reshape(B, L, self.heads, -1)
+            checkpoint_name(f(h), "qkv").reshape(B, L, -1, D // self.heads)
             for f in (self.query, self.key, self.value)
         )
         rotation = angles(tokens.positions_BL3, D // self.heads)
         q = rotate(rms_normalise(q) * self.query_scale[...].astype(q.dtype), rotation)
         k = rotate(rms_normalise(k) * self.key_scale[...].astype(k.dtype), rotation)
         attended = segments.attend(q, k, v, tokens.segment_ids_BL)
-        attended = checkpoint_name(self.out(attended.reshape(B, L, D)), "attention_out")
+        attended = checkpoint_name(self.out(attended.reshape(B, L, -1)), "attention_out")
         x_BLD = x_BLD + gate_a * attended
         h = rms_normalise(x_BLD) * (1 + scale_m) + shift_m
         return x_BLD + gate_m * checkpoint_name(self.mlp(h), "mlp_out")
@@ -230,6 +230,12 @@ class DiT(nnx.Module):
 
         `times_BM3[:, m]` are the times of segment m + 1.
         """
+        row = ("batch", "length")
+        inputs = [patches_BLP, text_ids_BL, times_BM3, tokens]
+        axes = [row, row, ("batch",), Tokens(*[row] * len(tokens))]
+        return sharding.spread(DiT._on_a_device, self, inputs, axes, row)
+
+    def _on_a_device(self, patches_BLP, text_ids_BL, times_BM3, tokens: Tokens) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
         B = patches_BLP.shape[0]
         is_text = tokens.is_text_BL[..., None].astype(dtype)
@@ -237,7 +243,7 @@ class DiT(nnx.Module):
             text_ids_BL, tokens.is_text_BL, tokens.segment_ids_BL, tokens.positions_BL3, dtype
         )
         x_BLD = self.patches_in(patches_BLP.astype(dtype)) * (1 - is_text)
-        x_BLD = constrain(x_BLD + self.text_in(features), ("batch", "length", None))
+        x_BLD = x_BLD + self.text_in(features)
 
         # One row of modulation for each (segment, time); a product with ones gathers each token's,
         # because the gradient of a real gather is a slow scatter.

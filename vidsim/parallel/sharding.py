@@ -3,16 +3,18 @@
 Models name the axes of their arrays ("embed", "mlp"); only this table knows the mesh. None in place
 of a logical axis leaves that axis whole, and so does an axis that the table maps to None.
 
-    with using(mesh, rules):                             around the body of a jitted function
-        x_BLD = constrain(x_BLD, ("batch", "length", None))
+    with using(mesh, rules):            around the body of a jitted function
+        noise_BLP = constrain(noise_BLP, ("batch", "length", None))
+        x0_BLP = spread(...)            a model as the program of one device
 
-Without a mesh in use `constrain` and `gathered` change nothing.
+Without a mesh in use all of this changes nothing.
 """
 
 import dataclasses
 import difflib
-import functools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -21,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from vidsim.errors import InputError
 
 MeshAxes = str | tuple[str, ...] | None
+Axes = tuple[str | None, ...]  # logical, one a dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,18 +121,31 @@ def mesh_axes(entry: MeshAxes) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
+class Placement(NamedTuple):
+    """What a program is traced for; `local`: for one device's part of every array."""
+
+    mesh: jax.sharding.Mesh
+    rules: ShardingRules
+    local: bool = False
+
+    def split(self, logical: str | None) -> tuple[str, ...]:
+        """The mesh axes that split a logical axis, those of one device left out."""
+        names = mesh_axes(self.rules.of(logical)) if logical else ()
+        return tuple(name for name in names if self.mesh.shape[name] > 1)
+
+
 # Part of the key of jit's caches: what was traced for one mesh serves no other.
-_placed = jax.make_user_context(None)
+_placement = jax.make_user_context(None)
 
 
 def using(mesh: jax.sharding.Mesh, rules: ShardingRules):
-    """A context in which arrays are traced for `mesh`."""
-    return _placed((mesh, rules))
+    """A context in which programs are traced for `mesh`."""
+    return _placement(Placement(mesh, rules))
 
 
-def current() -> tuple[jax.sharding.Mesh, ShardingRules] | None:
+def current() -> Placement | None:
     """The mesh and the rules in use, if any."""
-    return _placed.value
+    return _placement.value
 
 
 def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
@@ -138,46 +154,83 @@ def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
     Raises:
         InputError: as `ShardingRules.sharding` does.
     """
-    if current() is None:
+    if current() is None or current().local:
         return x
-    mesh, rules = current()
+    mesh, rules, _ = current()
     return jax.lax.with_sharding_constraint(x, rules.sharding(mesh, logical_axes, x.shape))
 
 
-def splits(logical: str) -> bool:
-    """Whether the mesh in use splits this logical axis."""
-    if current() is None:
-        return False
-    mesh, rules = current()
-    return math.prod(mesh.shape[axis] for axis in mesh_axes(rules.of(logical))) > 1
+def spread(call: Callable, module: nnx.Module, inputs: list, axes: list, out: Axes):
+    """`call(module, *inputs)`, as a program that each device runs on its part of the arrays.
 
+    So no compiler decides what travels: activations stay where they are, and layers gather weights
+    and sum parts (`gathered`, `summed`). `axes` are the logical axes of the inputs, those of the
+    first dimensions, `out` those of the result; weights have their own.
 
-def gathered(weight: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
-    """A weight as a layer computes with it: whole over the mesh axes that split the data.
-
-    So weights travel and activations stay. The gradient goes back in the weight's own layout: it is
-    summed and scattered at once. `logical_axes` may begin with axes that a scan has taken.
+    Raises:
+        InputError: as `ShardingRules.sharding` does.
     """
-    if current() is None or not logical_axes:
+    if current() is None or current().local:
+        return call(module, *inputs)
+    mesh, rules, _ = placement = current()
+    graphdef, params = nnx.split(module)
+
+    def spec_of(axes: Axes, x):
+        return rules.sharding(mesh, (*axes, *[None] * (x.ndim - len(axes))), x.shape).spec
+
+    def run(params, inputs):
+        with _placement(placement._replace(local=True)):
+            return call(nnx.merge(graphdef, params), *inputs)
+
+    specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(mesh, rules, params))
+    split = jax.tree.map(spec_of, axes, inputs, is_leaf=lambda node: type(node) is tuple)
+    program = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs, split), out_specs=rules.spec(out), check_vma=False
+    )
+    return program(params, inputs)
+
+
+def gathered(weight: jax.Array, logical_axes: Axes, *, whole: bool = False) -> jax.Array:
+    """A weight as a layer of a `spread` program computes with it, from the part of this device.
+
+    It is whole over the mesh axes that split the data, or over all of them; its gradient is summed
+    and scattered. `logical_axes` may begin with axes that a scan has taken.
+    """
+    placement = current()
+    if placement is None or not placement.local:
         return weight
-    mesh, rules = current()
+    data = {*placement.split("batch"), *placement.split("length")}
     own = logical_axes[len(logical_axes) - weight.ndim :]
-    data = {*mesh_axes(rules.batch), *mesh_axes(rules.length)}
-    rest = tuple(axis if axis and not data & {*mesh_axes(rules.of(axis))} else None for axis in own)
-    shardings = (rules.sharding(mesh, axes, weight.shape) for axes in (own, rest))
-    return _gather(*shardings, weight)
+    for dimension, logical in enumerate(own):
+        names = placement.split(logical)
+        if names and (whole or data & {*names}):
+            weight = jax.lax.all_gather(weight, names, axis=dimension, tiled=True)
+    return weight
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(own: NamedSharding, whole: NamedSharding, weight: jax.Array) -> jax.Array:
-    split = jax.lax.with_sharding_constraint(weight, own)
-    return jax.lax.with_sharding_constraint(split, whole)
+def summed(x: jax.Array, logical: str | None) -> jax.Array:
+    """What devices of a `spread` program have as sums over their part of an axis, over all of it.
+
+    An axis that `gathered` makes whole is not split, so nothing is left to sum.
+    """
+    placement = current()
+    if placement is None or not placement.local:
+        return x
+    data = {*placement.split("batch"), *placement.split("length")}
+    names = placement.split(logical)
+    return jax.lax.psum(x, names) if names and not data & {*names} else x
 
 
-_gather.defvjp(
-    lambda own, whole, weight: (_gather(own, whole, weight), None),
-    lambda own, whole, _, gradient: (jax.lax.with_sharding_constraint(gradient, own),),
-)
+# The names of a batch's arrays end with a letter an axis; these are split.
+LETTERS = {"B": "batch", "L": "length", "H": "height"}
+
+
+def batch_axes(name: str, leaf) -> Axes:
+    """The logical axes of an array of a batch; of one whose name has no letters, the first."""
+    letters = name.rpartition("_")[2]
+    if len(letters) != leaf.ndim:
+        return ("batch", *[None] * (leaf.ndim - 1))
+    return tuple(LETTERS.get(letter) for letter in letters)
 
 
 def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:

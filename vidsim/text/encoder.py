@@ -17,7 +17,6 @@ from vidsim.layers.linear import Linear, SwiGLU
 from vidsim.layers.norms import RMSNorm, rms_normalise
 from vidsim.layers.parameter import parameter, weight
 from vidsim.layers.rotary import angles, rotate
-from vidsim.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +40,13 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLF, segment_ids_BL, positions_BL3):
         B, L, F = x_BLF.shape
-        qkv = self.qkv(self.norm_attention(x_BLF)).reshape(B, L, 3, self.heads, -1)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        # Head by head, so that devices can share the heads.
+        qkv = self.qkv(self.norm_attention(x_BLF)).reshape(B, L, -1, 3, F // self.heads)
+        q, k, v = (qkv[:, :, :, i] for i in range(3))
         rotation = angles(positions_BL3, F // self.heads)
         q, k = rotate(rms_normalise(q), rotation), rotate(rms_normalise(k), rotation)
         attended = segments.attend(q, k, v, segment_ids_BL)
-        x_BLF = x_BLF + self.out(attended.reshape(B, L, F))
+        x_BLF = x_BLF + self.out(attended.reshape(B, L, -1))
         return x_BLF + self.mlp(self.norm_mlp(x_BLF))
 
 
@@ -71,8 +71,8 @@ class Encoder(nnx.Module):
     ) -> jax.Array:
         """Features [B, L, F]; zero where there is no text."""
         # Looked up in float32: the gradient sums over all tokens of a kind.
-        x_BLF = weight(self.embedding, jnp.float32)[text_ids_BL].astype(dtype)
-        x_BLF = constrain(x_BLF, ("batch", "length", None))
+        table = weight(self.embedding, jnp.float32, whole=True)
+        x_BLF = table[text_ids_BL].astype(dtype)
         segment_ids_BL = jnp.where(is_text_BL, segment_ids_BL, 0)
         for block in self.blocks:
             x_BLF = block(x_BLF, segment_ids_BL, positions_BL3)

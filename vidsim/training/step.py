@@ -19,21 +19,10 @@ from vidsim.training.state import TrainState
 # batch has a key. A loss that is a mean over tokens says in `metrics["tokens"]` over how many.
 Objective = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
-# The names of a batch's arrays end with a letter an axis; these are split.
-LETTERS = {"B": "batch", "L": "length", "H": "height"}
-
-
-def _axes(name: str, leaf) -> tuple[str | None, ...]:
-    """The logical axes of an array of a batch; of one whose name has no letters, the first."""
-    letters = name.rpartition("_")[2]
-    if len(letters) != leaf.ndim:
-        return ("batch", *[None] * (leaf.ndim - 1))
-    return tuple(LETTERS.get(letter) for letter in letters)
-
 
 def batch_spec(rules: ShardingRules, batch):
     """How each array of a batch, or of their shapes, is split: its rows, and tokens of a row."""
-    return trees.map_named(lambda name, leaf: rules.spec(_axes(name, leaf)), batch)
+    return trees.map_named(lambda name, leaf: rules.spec(sharding.batch_axes(name, leaf)), batch)
 
 
 def make_step(
@@ -109,7 +98,7 @@ def make_step(
     def step(state: TrainState, batch, constants):
         with sharding.using(mesh, rules):
             batch = trees.map_named(
-                lambda name, leaf: sharding.constrain(leaf, _axes(name, leaf)), batch
+                lambda name, leaf: sharding.constrain(leaf, sharding.batch_axes(name, leaf)), batch
             )
             rows = jax.tree.leaves(batch)[0].shape[0]
             key_B = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), rows)
