@@ -124,6 +124,13 @@ def _backward(interpret, residuals, cotangents):
 attend.defvjp(_forward, _backward)
 
 
+def scores(ids_BL: jax.Array) -> int:
+    """How many scores the kernel computes for rows with these ids, of one head."""
+    block = _block(ids_BL.shape[1])
+    q_ids, k_ids = pad_ids(ids_BL, ids_BL, block, block)
+    return int(meeting(q_ids, k_ids, block, block).sum()) * block**2
+
+
 def _stack(rows):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
 
