@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidsim.attention import cpu, gpu, tpu
+from vidsim.attention import cpu, gpu, tiles, tpu
 from vidsim.attention.blocks import MASKED
 
 KERNELS = ("cpu", "gpu", "tpu")
@@ -24,7 +24,7 @@ def kernel(request, monkeypatch):
     monkeypatch.setattr(gpu, "FORWARD", gpu._Blocks(32, 16))
     monkeypatch.setattr(gpu, "BACKWARD", gpu._Blocks(16, 32))
     return {
-        "cpu": cpu.attend,
+        "cpu": functools.partial(cpu.attend),
         "gpu": functools.partial(gpu.attend, interpret=True),
         "tpu": functools.partial(tpu.attend, interpret=True),
     }[request.param]
@@ -36,10 +36,10 @@ every_kernel_and_lengths = pytest.mark.parametrize(
 )
 
 
-def dense(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM):
+def dense(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, seen_LM=True):
     """The definition, with all scores at once."""
     s = jnp.einsum("BLNK,BMNK->BNLM", q_BLNK, k_BMNK) * q_BLNK.shape[-1] ** -0.5
-    same = q_ids_BL[:, None, :, None] == k_ids_BM[:, None, None, :]
+    same = (q_ids_BL[:, None, :, None] == k_ids_BM[:, None, None, :]) & seen_LM
     s = jnp.where(same, s, MASKED)
     lse = jax.nn.logsumexp(s, axis=-1)
     p = jnp.where(same, jnp.exp(s - lse[..., None]), 0)
@@ -162,6 +162,28 @@ def test_bfloat16_is_summed_and_normalised_in_float32(kernel, lengths):
         # as many as there are keys.
         scale = np.abs(expected[np.abs(expected) < -MASKED]).max()
         np.testing.assert_allclose(found, expected, atol=2.0**-6 * scale)
+
+
+@every_kernel
+def test_sliding_tiles_equal_a_dense_mask_by_the_tiles_of_tokens(kernel):
+    # Tiles of 32 or 128 tokens, text that does not fill a block, and padding behind it.
+    tile = (2, 4, 16) if kernel.func is tpu.attend else (2, 4, 4)
+    config = tiles.Config(grid=(6, 8, 3 * tile[2]), tile=tile, window=(1, 2, 3))
+    text, padding = 10, 7
+    patches = np.prod(config.grid)
+    length = patches + text + padding
+    places = np.stack(np.indices(config.grid), -1).reshape(-1, 3) // np.array(tile)
+    places = places[config.order(text)[:patches] - text]
+    first = np.clip(places - np.array(config.window) // 2, 0, np.array([3, 2, 3]) - config.window)
+    near = (places >= first[:, None]) & (places < first[:, None] + config.window)
+    seen = np.ones((length, length), bool)
+    seen[:patches, :patches] = near.all(-1)
+    ids = np.where(np.arange(length) < patches + text, 1, 0)[None].astype(np.int32)
+    qkv = random(length, length, batch=1)
+    ours = results(functools.partial(kernel, tiles=config), qkv, ids, ids)
+    expected = results(functools.partial(dense, seen_LM=seen), qkv, ids, ids)
+    for found, correct in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(found, correct, **FLOAT32)
 
 
 def test_scores_of_a_long_row_are_never_all_there():

@@ -17,13 +17,15 @@ cost follows the segments, not the row. A row of one block is one batch of produ
 
 # B batch, L queries, M keys, N heads, K head dim, H = B * N; i, j: blocks of queries, of keys
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vidsim.attention.blocks import MASKED, meeting, pad_ids, span
+from vidsim.attention import tiles as sliding
+from vidsim.attention.blocks import MASKED, Visits, meeting, pad_ids, visits
 
 BLOCK = 512  # most queries, or keys, of a block: its scores stay in the second-level cache
 
@@ -37,8 +39,8 @@ class _Blocks(NamedTuple):
     j: int
     q_ids: jax.Array  # [B, i * queries], padded with what no key has
     k_ids: jax.Array
-    met_by_queries: tuple[jax.Array, jax.Array]  # [B, i] the first block of keys, one past the last
-    met_by_keys: tuple[jax.Array, jax.Array]  # [B, j] the same of queries
+    of_queries: Visits  # of blocks of keys
+    of_keys: Visits
 
     @property
     def whole(self) -> bool:
@@ -46,26 +48,28 @@ class _Blocks(NamedTuple):
         return self.i == self.j == 1
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
     q_BLNK: jax.Array,
     k_BMNK: jax.Array,
     v_BMNK: jax.Array,
     q_ids_BL: jax.Array,
     k_ids_BM: jax.Array,
+    tiles: sliding.Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(q k^T / sqrt(K)) v over the keys of each query's id, and its logarithmic denominator.
 
     Returns:
         o_BLNK in q's dtype and lse_BNL in float32. A query whose id no key has gets 0 and `MASKED`.
         Ids may stand in any order; it costs least where they rise along the row, padding (0) last.
+        With `tiles`, of rows that stand tile by tile, only the tiles of a window are seen.
     """
-    return _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM)[0]
+    return _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles)[0]
 
 
-def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM):
+def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles):
     B, L, N, K = q_BLNK.shape
-    blocks = _cut(q_ids_BL, k_ids_BM)
+    blocks = _cut(q_ids_BL, k_ids_BM, tiles)
     qT_HKL = _columns(q_BLNK * K**-0.5, blocks.q_ids)
     k_HMK, vT_HKM = _rows(k_BMNK, blocks.k_ids), _columns(v_BMNK, blocks.k_ids)
     if blocks.whole:
@@ -78,11 +82,11 @@ def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM):
     return (o_BLNK, lse_BNL), (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL)
 
 
-def _backward(residuals, cotangents):
+def _backward(tiles, residuals, cotangents):
     q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL = residuals
     do_BLNK, dlse_BNL = cotangents
     B, L, N, K = q_BLNK.shape
-    blocks = _cut(q_ids_BL, k_ids_BM)
+    blocks = _cut(q_ids_BL, k_ids_BM, tiles)
     delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
     # Masked queries have p = 0 by the mask alone, whatever their lse.
     lse_HL, shift_HL = (
@@ -179,14 +183,14 @@ def _forward_loop(blocks: _Blocks, heads: int, qT_HKL, k_HMK, vT_HKM):
         qT = _part(qT_HKL, h, start, blocks.queries, axis=1)
         q_ids = _part(blocks.q_ids, b, start, blocks.queries)
 
-        def of_keys(j, seen):
-            start = j * blocks.keys
+        def of_keys(n, seen):
+            start = blocks.of_queries.at(i, n) * blocks.keys
             k = _part(k_HMK, h, start, blocks.keys)
             vT = _part(vT_HKM, h, start, blocks.keys, axis=1)
             k_ids = _part(blocks.k_ids, b, start, blocks.keys)
             return _see(seen, qT, k, vT, k_ids[:, None] == q_ids)
 
-        first, end = (bound[b, i] for bound in blocks.met_by_queries)
+        first, end = blocks.of_queries.first[b, i], blocks.of_queries.end[b, i]
         oT, lse = _finish(lax.fori_loop(first, end, of_keys, _nothing(qT)))
         oT_HKL, lse_HL = found
         return (
@@ -212,9 +216,9 @@ def _backward_loop(blocks: _Blocks, heads: int, of_queries, of_keys):
         kT = _part(kT_HKM, h, start, blocks.keys, axis=1)
         k_ids = _part(blocks.k_ids, b, start, blocks.keys)
 
-        def one_of_queries(i, found):
+        def one_of_queries(n, found):
             dqT_HKL, dk, dv = found
-            at = i * blocks.queries
+            at = blocks.of_keys.at(j, n) * blocks.queries
             columns = (_part(x, h, at, blocks.queries, axis=1) for x in (qT_HKL, doT_HKL))
             rows = (_part(x, h, at, blocks.queries) for x in (q_HLK, do_HLK, lse_HL, shift_HL))
             same = k_ids[:, None] == _part(blocks.q_ids, b, at, blocks.queries)
@@ -224,7 +228,7 @@ def _backward_loop(blocks: _Blocks, heads: int, of_queries, of_keys):
             return dqT_HKL, dk + more_dk, dv + more_dv
 
         dqT_HKL, dk_HMK, dv_HMK = found
-        first, end = (bound[b, j] for bound in blocks.met_by_keys)
+        first, end = blocks.of_keys.first[b, j], blocks.of_keys.end[b, j]
         zeros = jnp.zeros((blocks.keys, K), jnp.float32)
         dqT_HKL, dk, dv = lax.fori_loop(first, end, one_of_queries, (dqT_HKL, zeros, zeros))
         dk_HMK = lax.dynamic_update_slice(dk_HMK, dk[None], (h, start, 0))
@@ -250,12 +254,19 @@ def _part(x, row, start, size: int, *, axis: int = 0):
 # Rows to blocks.
 
 
-def _cut(q_ids_BL, k_ids_BM) -> _Blocks:
-    queries, keys = _size(q_ids_BL.shape[1]), _size(k_ids_BM.shape[1])
+def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> _Blocks:
+    if tiles is None:
+        queries, keys = _size(q_ids_BL.shape[1]), _size(k_ids_BM.shape[1])
+        seen_ij = None
+    else:
+        queries = keys = tiles.tile_tokens
+        seen_ij = tiles.seen(q_ids_BL.shape[1], queries, keys)
     q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, queries, keys)
     meet_Bij = meeting(q_ids, k_ids, queries, keys)
     _, i, j = meet_Bij.shape
-    return _Blocks(queries, keys, i, j, q_ids, k_ids, span(meet_Bij), span(meet_Bij.mT))
+    of_queries = visits(meet_Bij, seen_ij)
+    of_keys = visits(meet_Bij.mT, None if seen_ij is None else seen_ij.T)
+    return _Blocks(queries, keys, i, j, q_ids, k_ids, of_queries, of_keys)
 
 
 def _size(length: int) -> int:
