@@ -28,6 +28,7 @@ from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, Visits, meeting, pad_ids, visits
 
 BLOCK = 512  # most queries, or keys, of a block: its scores stay in the second-level cache
+LINE = 16  # numbers of a cache line
 
 
 class _Blocks(NamedTuple):
@@ -41,6 +42,7 @@ class _Blocks(NamedTuple):
     k_ids: jax.Array
     of_queries: Visits  # of blocks of keys
     of_keys: Visits
+    alike: jax.Array  # bool [B, i, j]: both blocks are of one and the same segment
 
     @property
     def whole(self) -> bool:
@@ -74,9 +76,10 @@ def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles):
     k_HMK, vT_HKM = _rows(k_BMNK, blocks.k_ids), _columns(v_BMNK, blocks.k_ids)
     if blocks.whole:
         same = _same(blocks.k_ids, blocks.q_ids, heads=N)
-        oT_HKL, lse_HL = _finish(_see(_nothing(qT_HKL), qT_HKL, k_HMK, vT_HKM, same))
+        seen = _see(_nothing(qT_HKL), qT_HKL, k_HMK, _with_ones(vT_HKM), same)
+        oT_HKL, lse_HL = _finish(seen)
     else:
-        oT_HKL, lse_HL = _forward_loop(blocks, N, qT_HKL, k_HMK, vT_HKM)
+        oT_HKL, lse_HL = _forward_loop(blocks, N, qT_HKL, k_HMK, _with_ones(vT_HKM))
     o_BLNK = oT_HKL.reshape(B, N, K, -1).transpose(0, 3, 1, 2)[:, :L].astype(q_BLNK.dtype)
     lse_BNL = lse_HL.reshape(B, N, -1)[..., :L]
     return (o_BLNK, lse_BNL), (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL)
@@ -128,37 +131,48 @@ attend.defvjp(_forward, _backward)
 # One block of queries and one of keys, or a batch of them.
 
 
+def _with_ones(vT):
+    """The denominator is summed as one more row of values."""
+    return jnp.concatenate([vT, jnp.ones_like(vT[..., :1, :])], axis=-2)
+
+
 def _nothing(qT):
-    """(maximum, denominator, numerator) before any key was seen."""
-    columns = (*qT.shape[:-2], qT.shape[-1])
-    zeros = jnp.zeros(columns, jnp.float32)
-    return zeros + MASKED, zeros, jnp.zeros(qT.shape, jnp.float32)
+    """(maximum, numerator and denominator) before any key was seen."""
+    *batch, K, L = qT.shape
+    return jnp.full((*batch, L), MASKED, jnp.float32), jnp.zeros((*batch, K + 1, L), jnp.float32)
 
 
-def _see(seen, qT, k, vT, same):
-    """(maximum, denominator, numerator) with a further block of keys."""
-    m, l, oT = seen
-    s = jnp.where(same, _dot(k, qT), MASKED)
+def _see(seen, qT, k, vT, same=None):
+    """(maximum, numerator and denominator) with a further block of keys."""
+    m, oT = seen
+    s = _hide(_dot(k, qT), same, MASKED)
     new = jnp.maximum(m, jnp.max(s, axis=-2))
-    p = jnp.where(same, jnp.exp(s - new[..., None, :]), 0)
+    p = _hide(jnp.exp(s - new[..., None, :]), same, 0)
     old = jnp.exp(m - new)
-    oT = oT * old[..., None, :] + _dot(vT, p.astype(vT.dtype))
-    return new, l * old + jnp.sum(p, axis=-2), oT
+    return new, oT * old[..., None, :] + _dot(vT, p.astype(vT.dtype))
 
 
 def _finish(seen):
     """o^T and lse, float32."""
-    m, l, oT = seen
+    m, oT = seen
+    l = oT[..., -1, :]
     some = l > 0
     l = jnp.where(some, l, 1)
-    return oT / l[..., None, :], jnp.where(some, m + jnp.log(l), MASKED)
+    return oT[..., :-1, :] / l[..., None, :], jnp.where(some, m + jnp.log(l), MASKED)
 
 
-def _differentiate(qT, doT, q, do, lse, shift, k, v, kT, same):
+def _differentiate(qT, doT, q, do, lse, shift, k, v, kT, same=None):
     """What a block of queries and one of keys add to dq^T, dk and dv, float32."""
-    p = jnp.where(same, jnp.exp(_dot(k, qT) - lse[..., None, :]), 0)
-    g = (p * (_dot(v, doT) + shift[..., None, :])).astype(q.dtype)
-    return _dot(kT, g), _dot(g, q), _dot(p.astype(do.dtype), do)
+    p = _hide(jnp.exp(_dot(k, qT) - lse[..., None, :]), same, 0).astype(q.dtype)
+    # Once and in q's dtype: otherwise it is made anew, in float32, for each of its two uses.
+    p = lax.optimization_barrier(p)
+    g = (p.astype(jnp.float32) * (_dot(v, doT) + shift[..., None, :])).astype(q.dtype)
+    return _dot(kT, g), _dot(g, q), _dot(p, do)
+
+
+def _hide(x, same, value):
+    """x where `same`; None is everywhere."""
+    return x if same is None else jnp.where(same, x, value)
 
 
 def _dot(a, b):
@@ -174,7 +188,7 @@ def _same(k_ids, q_ids, heads: int = 1):
 
 
 def _forward_loop(blocks: _Blocks, heads: int, qT_HKL, k_HMK, vT_HKM):
-    """oT_HKL and lse_HL, float32."""
+    """oT_HKL and lse_HL, float32; `vT_HKM` with ones."""
     H, K, L = qT_HKL.shape
 
     def of_queries(index, found):
@@ -184,11 +198,16 @@ def _forward_loop(blocks: _Blocks, heads: int, qT_HKL, k_HMK, vT_HKM):
         q_ids = _part(blocks.q_ids, b, start, blocks.queries)
 
         def of_keys(n, seen):
-            start = blocks.of_queries.at(i, n) * blocks.keys
+            j = blocks.of_queries.at(i, n)
+            start = j * blocks.keys
             k = _part(k_HMK, h, start, blocks.keys)
             vT = _part(vT_HKM, h, start, blocks.keys, axis=1)
             k_ids = _part(blocks.k_ids, b, start, blocks.keys)
-            return _see(seen, qT, k, vT, k_ids[:, None] == q_ids)
+            return lax.cond(
+                blocks.alike[b, i, j],
+                lambda: _see(seen, qT, k, vT),
+                lambda: _see(seen, qT, k, vT, k_ids[:, None] == q_ids),
+            )
 
         first, end = blocks.of_queries.first[b, i], blocks.of_queries.end[b, i]
         oT, lse = _finish(lax.fori_loop(first, end, of_keys, _nothing(qT)))
@@ -218,11 +237,19 @@ def _backward_loop(blocks: _Blocks, heads: int, of_queries, of_keys):
 
         def one_of_queries(n, found):
             dqT_HKL, dk, dv = found
-            at = blocks.of_keys.at(j, n) * blocks.queries
-            columns = (_part(x, h, at, blocks.queries, axis=1) for x in (qT_HKL, doT_HKL))
-            rows = (_part(x, h, at, blocks.queries) for x in (q_HLK, do_HLK, lse_HL, shift_HL))
-            same = k_ids[:, None] == _part(blocks.q_ids, b, at, blocks.queries)
-            more_dqT, more_dk, more_dv = _differentiate(*columns, *rows, k, v, kT, same)
+            i = blocks.of_keys.at(j, n)
+            at = i * blocks.queries
+            both = (
+                *(_part(x, h, at, blocks.queries, axis=1) for x in (qT_HKL, doT_HKL)),
+                *(_part(x, h, at, blocks.queries) for x in (q_HLK, do_HLK, lse_HL, shift_HL)),
+                *(k, v, kT),
+            )
+            q_ids = _part(blocks.q_ids, b, at, blocks.queries)
+            more_dqT, more_dk, more_dv = lax.cond(
+                blocks.alike[b, i, j],
+                lambda: _differentiate(*both),
+                lambda: _differentiate(*both, k_ids[:, None] == q_ids),
+            )
             more_dqT += _part(dqT_HKL, h, at, blocks.queries, axis=1)
             dqT_HKL = lax.dynamic_update_slice(dqT_HKL, more_dqT[None], (h, 0, at))
             return dqT_HKL, dk + more_dk, dv + more_dv
@@ -266,14 +293,21 @@ def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> _Blocks:
     _, i, j = meet_Bij.shape
     of_queries = visits(meet_Bij, seen_ij)
     of_keys = visits(meet_Bij.mT, None if seen_ij is None else seen_ij.T)
-    return _Blocks(queries, keys, i, j, q_ids, k_ids, of_queries, of_keys)
+    q_blocks, k_blocks = q_ids.reshape(-1, i, queries), k_ids.reshape(-1, j, keys)
+    alike_Bij = (q_blocks[:, :, None, 0] == k_blocks[:, None, :, 0]) & (
+        jnp.all(q_blocks == q_blocks[..., :1], -1)[:, :, None]
+        & jnp.all(k_blocks == k_blocks[..., :1], -1)[:, None]
+    )
+    return _Blocks(queries, keys, i, j, q_ids, k_ids, of_queries, of_keys, alike_Bij)
 
 
 def _size(length: int) -> int:
-    """Tokens of a block: blocks are alike, at most `BLOCK`, of whole cache lines if several."""
+    """Tokens of a block: at most `BLOCK`, whole cache lines, no padding where that can be."""
+    if length <= BLOCK:
+        return length
+    whole = [size for size in range(BLOCK // 2, BLOCK + 1, LINE) if length % size == 0]
     count = -(-length // BLOCK)
-    size = -(-length // count)
-    return size if count == 1 else -(-size // 16) * 16
+    return max(whole, default=-(-length // (count * LINE)) * LINE)
 
 
 def _columns(x_BLNK, ids):
