@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vidsim.layers.linear import matmul
+from vidsim.layers.linear import gated, matmul
 
 
 def arrays(dtype):
@@ -40,3 +40,11 @@ def test_products_map_over_an_axis(dtype):
     mapped = jax.vmap(matmul, in_axes=(None, 0))(x, kernels)
     one_by_one = jnp.stack([matmul(x, kernel), matmul(x, 2 * kernel)])
     np.testing.assert_array_equal(mapped.astype(np.float32), one_by_one.astype(np.float32))
+
+
+def test_gradient_of_the_gate_is_that_of_its_formula():
+    gate, up = np.random.default_rng(0).normal(size=(2, 7, 5)).astype(np.float32)
+    ours = jax.grad(lambda pair: jnp.sum(jnp.sin(gated(*pair))))((gate, up))
+    formula = jax.grad(lambda pair: jnp.sum(jnp.sin(jax.nn.silu(pair[0]) * pair[1])))((gate, up))
+    for found, expected in zip(ours, formula, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
