@@ -99,7 +99,7 @@ class Ours:
         mesh = meshes.make(meshes.Config(), jax.devices()[:1])
         rules = ShardingRules()
         shardings = state.shardings(make, tx, mesh, rules)
-        objective = functools.partial(
+        self.objective = functools.partial(
             objectives.dit_loss,
             state.graph_of(make),
             config.prediction,
@@ -116,7 +116,7 @@ class Ours:
             ema_sigma_rel=0.05,
         )
         self.update = step.make_step(
-            objective, tx, settings, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
+            self.objective, tx, settings, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
         )
         self.state = state.create(make, tx, jax.random.key(0), shardings)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))

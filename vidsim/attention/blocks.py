@@ -1,11 +1,26 @@
-"""Rows cut into blocks, and which blocks of queries and keys can share a segment."""
+"""Rows cut into blocks, and which blocks of keys a block of queries visits."""
 
 # B batch, L queries, M keys; i, j: blocks of queries, of keys
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 MASKED = -1e9  # the score of what may not be seen, and the lse of a query that sees nothing
+
+
+class Visits(NamedTuple):
+    """What a block i of one side visits of the other: order[i, n], or n, first <= n < end."""
+
+    first: jax.Array  # [B, i]
+    end: jax.Array
+    order: jax.Array | None = None  # [i, n]
+
+    def at(self, i, n):
+        """The n-th block that block i visits."""
+        return n if self.order is None else self.order[i, n]
 
 
 def pad_ids(
@@ -34,7 +49,12 @@ def meeting(q_ids_BL: jax.Array, k_ids_BM: jax.Array, q_block: int, k_block: int
     return (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])
 
 
-def span(meet: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first block met along the last axis, and one past the last; equal where there is none."""
-    first, behind = jnp.argmax(meet, -1), jnp.argmax(meet[..., ::-1], -1)
-    return first, jnp.where(meet.any(-1), meet.shape[-1] - behind, first)
+def visits(meet_Bij: jax.Array, seen_ij: np.ndarray | None = None) -> Visits:
+    """The range of blocks that each block meets; of a static mask its blocks, one by one."""
+    if seen_ij is None:
+        first, behind = jnp.argmax(meet_Bij, -1), jnp.argmax(meet_Bij[..., ::-1], -1)
+        some = meet_Bij.any(-1)
+        return Visits(first, jnp.where(some, meet_Bij.shape[-1] - behind, first))
+    count_Bi = np.broadcast_to(seen_ij.sum(-1), meet_Bij.shape[:2])
+    order = np.argsort(~seen_ij, axis=-1, kind="stable")[:, : count_Bi.max()]
+    return Visits(jnp.zeros_like(count_Bi), jnp.asarray(count_Bi), jnp.asarray(order))

@@ -17,15 +17,18 @@ cost follows the segments, not the row. A row of one block is one batch of produ
 
 # B batch, L queries, M keys, N heads, K head dim, H = B * N; i, j: blocks of queries, of keys
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vidsim.attention.blocks import MASKED, meeting, pad_ids, span
+from vidsim.attention import tiles as sliding
+from vidsim.attention.blocks import MASKED, Visits, meeting, pad_ids, visits
 
 BLOCK = 512  # most queries, or keys, of a block: its scores stay in the second-level cache
+LINE = 16  # numbers of a cache line
 
 
 class _Blocks(NamedTuple):
@@ -37,8 +40,9 @@ class _Blocks(NamedTuple):
     j: int
     q_ids: jax.Array  # [B, i * queries], padded with what no key has
     k_ids: jax.Array
-    met_by_queries: tuple[jax.Array, jax.Array]  # [B, i] the first block of keys, one past the last
-    met_by_keys: tuple[jax.Array, jax.Array]  # [B, j] the same of queries
+    of_queries: Visits  # of blocks of keys
+    of_keys: Visits
+    alike: jax.Array  # bool [B, i, j]: both blocks are of one and the same segment
 
     @property
     def whole(self) -> bool:
@@ -46,43 +50,46 @@ class _Blocks(NamedTuple):
         return self.i == self.j == 1
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(
     q_BLNK: jax.Array,
     k_BMNK: jax.Array,
     v_BMNK: jax.Array,
     q_ids_BL: jax.Array,
     k_ids_BM: jax.Array,
+    tiles: sliding.Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """softmax(q k^T / sqrt(K)) v over the keys of each query's id, and its logarithmic denominator.
 
     Returns:
         o_BLNK in q's dtype and lse_BNL in float32. A query whose id no key has gets 0 and `MASKED`.
         Ids may stand in any order; it costs least where they rise along the row, padding (0) last.
+        With `tiles`, of rows that stand tile by tile, only the tiles of a window are seen.
     """
-    return _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM)[0]
+    return _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles)[0]
 
 
-def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM):
+def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles):
     B, L, N, K = q_BLNK.shape
-    blocks = _cut(q_ids_BL, k_ids_BM)
+    blocks = _cut(q_ids_BL, k_ids_BM, tiles)
     qT_HKL = _columns(q_BLNK * K**-0.5, blocks.q_ids)
     k_HMK, vT_HKM = _rows(k_BMNK, blocks.k_ids), _columns(v_BMNK, blocks.k_ids)
     if blocks.whole:
         same = _same(blocks.k_ids, blocks.q_ids, heads=N)
-        oT_HKL, lse_HL = _finish(_see(_nothing(qT_HKL), qT_HKL, k_HMK, vT_HKM, same))
+        seen = _see(_nothing(qT_HKL), qT_HKL, k_HMK, _with_ones(vT_HKM), same)
+        oT_HKL, lse_HL = _finish(seen)
     else:
-        oT_HKL, lse_HL = _forward_loop(blocks, N, qT_HKL, k_HMK, vT_HKM)
+        oT_HKL, lse_HL = _forward_loop(blocks, N, qT_HKL, k_HMK, _with_ones(vT_HKM))
     o_BLNK = oT_HKL.reshape(B, N, K, -1).transpose(0, 3, 1, 2)[:, :L].astype(q_BLNK.dtype)
     lse_BNL = lse_HL.reshape(B, N, -1)[..., :L]
     return (o_BLNK, lse_BNL), (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL)
 
 
-def _backward(residuals, cotangents):
+def _backward(tiles, residuals, cotangents):
     q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL = residuals
     do_BLNK, dlse_BNL = cotangents
     B, L, N, K = q_BLNK.shape
-    blocks = _cut(q_ids_BL, k_ids_BM)
+    blocks = _cut(q_ids_BL, k_ids_BM, tiles)
     delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
     # Masked queries have p = 0 by the mask alone, whatever their lse.
     lse_HL, shift_HL = (
@@ -124,37 +131,48 @@ attend.defvjp(_forward, _backward)
 # One block of queries and one of keys, or a batch of them.
 
 
+def _with_ones(vT):
+    """The denominator is summed as one more row of values."""
+    return jnp.concatenate([vT, jnp.ones_like(vT[..., :1, :])], axis=-2)
+
+
 def _nothing(qT):
-    """(maximum, denominator, numerator) before any key was seen."""
-    columns = (*qT.shape[:-2], qT.shape[-1])
-    zeros = jnp.zeros(columns, jnp.float32)
-    return zeros + MASKED, zeros, jnp.zeros(qT.shape, jnp.float32)
+    """(maximum, numerator and denominator) before any key was seen."""
+    *batch, K, L = qT.shape
+    return jnp.full((*batch, L), MASKED, jnp.float32), jnp.zeros((*batch, K + 1, L), jnp.float32)
 
 
-def _see(seen, qT, k, vT, same):
-    """(maximum, denominator, numerator) with a further block of keys."""
-    m, l, oT = seen
-    s = jnp.where(same, _dot(k, qT), MASKED)
+def _see(seen, qT, k, vT, same=None):
+    """(maximum, numerator and denominator) with a further block of keys."""
+    m, oT = seen
+    s = _hide(_dot(k, qT), same, MASKED)
     new = jnp.maximum(m, jnp.max(s, axis=-2))
-    p = jnp.where(same, jnp.exp(s - new[..., None, :]), 0)
+    p = _hide(jnp.exp(s - new[..., None, :]), same, 0)
     old = jnp.exp(m - new)
-    oT = oT * old[..., None, :] + _dot(vT, p.astype(vT.dtype))
-    return new, l * old + jnp.sum(p, axis=-2), oT
+    return new, oT * old[..., None, :] + _dot(vT, p.astype(vT.dtype))
 
 
 def _finish(seen):
     """o^T and lse, float32."""
-    m, l, oT = seen
+    m, oT = seen
+    l = oT[..., -1, :]
     some = l > 0
     l = jnp.where(some, l, 1)
-    return oT / l[..., None, :], jnp.where(some, m + jnp.log(l), MASKED)
+    return oT[..., :-1, :] / l[..., None, :], jnp.where(some, m + jnp.log(l), MASKED)
 
 
-def _differentiate(qT, doT, q, do, lse, shift, k, v, kT, same):
+def _differentiate(qT, doT, q, do, lse, shift, k, v, kT, same=None):
     """What a block of queries and one of keys add to dq^T, dk and dv, float32."""
-    p = jnp.where(same, jnp.exp(_dot(k, qT) - lse[..., None, :]), 0)
-    g = (p * (_dot(v, doT) + shift[..., None, :])).astype(q.dtype)
-    return _dot(kT, g), _dot(g, q), _dot(p.astype(do.dtype), do)
+    p = _hide(jnp.exp(_dot(k, qT) - lse[..., None, :]), same, 0).astype(q.dtype)
+    # Once and in q's dtype: otherwise it is made anew, in float32, for each of its two uses.
+    p = lax.optimization_barrier(p)
+    g = (p.astype(jnp.float32) * (_dot(v, doT) + shift[..., None, :])).astype(q.dtype)
+    return _dot(kT, g), _dot(g, q), _dot(p, do)
+
+
+def _hide(x, same, value):
+    """x where `same`; None is everywhere."""
+    return x if same is None else jnp.where(same, x, value)
 
 
 def _dot(a, b):
@@ -170,7 +188,7 @@ def _same(k_ids, q_ids, heads: int = 1):
 
 
 def _forward_loop(blocks: _Blocks, heads: int, qT_HKL, k_HMK, vT_HKM):
-    """oT_HKL and lse_HL, float32."""
+    """oT_HKL and lse_HL, float32; `vT_HKM` with ones."""
     H, K, L = qT_HKL.shape
 
     def of_queries(index, found):
@@ -179,14 +197,19 @@ def _forward_loop(blocks: _Blocks, heads: int, qT_HKL, k_HMK, vT_HKM):
         qT = _part(qT_HKL, h, start, blocks.queries, axis=1)
         q_ids = _part(blocks.q_ids, b, start, blocks.queries)
 
-        def of_keys(j, seen):
+        def of_keys(n, seen):
+            j = blocks.of_queries.at(i, n)
             start = j * blocks.keys
             k = _part(k_HMK, h, start, blocks.keys)
             vT = _part(vT_HKM, h, start, blocks.keys, axis=1)
             k_ids = _part(blocks.k_ids, b, start, blocks.keys)
-            return _see(seen, qT, k, vT, k_ids[:, None] == q_ids)
+            return lax.cond(
+                blocks.alike[b, i, j],
+                lambda: _see(seen, qT, k, vT),
+                lambda: _see(seen, qT, k, vT, k_ids[:, None] == q_ids),
+            )
 
-        first, end = (bound[b, i] for bound in blocks.met_by_queries)
+        first, end = blocks.of_queries.first[b, i], blocks.of_queries.end[b, i]
         oT, lse = _finish(lax.fori_loop(first, end, of_keys, _nothing(qT)))
         oT_HKL, lse_HL = found
         return (
@@ -212,19 +235,27 @@ def _backward_loop(blocks: _Blocks, heads: int, of_queries, of_keys):
         kT = _part(kT_HKM, h, start, blocks.keys, axis=1)
         k_ids = _part(blocks.k_ids, b, start, blocks.keys)
 
-        def one_of_queries(i, found):
+        def one_of_queries(n, found):
             dqT_HKL, dk, dv = found
+            i = blocks.of_keys.at(j, n)
             at = i * blocks.queries
-            columns = (_part(x, h, at, blocks.queries, axis=1) for x in (qT_HKL, doT_HKL))
-            rows = (_part(x, h, at, blocks.queries) for x in (q_HLK, do_HLK, lse_HL, shift_HL))
-            same = k_ids[:, None] == _part(blocks.q_ids, b, at, blocks.queries)
-            more_dqT, more_dk, more_dv = _differentiate(*columns, *rows, k, v, kT, same)
+            both = (
+                *(_part(x, h, at, blocks.queries, axis=1) for x in (qT_HKL, doT_HKL)),
+                *(_part(x, h, at, blocks.queries) for x in (q_HLK, do_HLK, lse_HL, shift_HL)),
+                *(k, v, kT),
+            )
+            q_ids = _part(blocks.q_ids, b, at, blocks.queries)
+            more_dqT, more_dk, more_dv = lax.cond(
+                blocks.alike[b, i, j],
+                lambda: _differentiate(*both),
+                lambda: _differentiate(*both, k_ids[:, None] == q_ids),
+            )
             more_dqT += _part(dqT_HKL, h, at, blocks.queries, axis=1)
             dqT_HKL = lax.dynamic_update_slice(dqT_HKL, more_dqT[None], (h, 0, at))
             return dqT_HKL, dk + more_dk, dv + more_dv
 
         dqT_HKL, dk_HMK, dv_HMK = found
-        first, end = (bound[b, j] for bound in blocks.met_by_keys)
+        first, end = blocks.of_keys.first[b, j], blocks.of_keys.end[b, j]
         zeros = jnp.zeros((blocks.keys, K), jnp.float32)
         dqT_HKL, dk, dv = lax.fori_loop(first, end, one_of_queries, (dqT_HKL, zeros, zeros))
         dk_HMK = lax.dynamic_update_slice(dk_HMK, dk[None], (h, start, 0))
@@ -250,19 +281,33 @@ def _part(x, row, start, size: int, *, axis: int = 0):
 # Rows to blocks.
 
 
-def _cut(q_ids_BL, k_ids_BM) -> _Blocks:
-    queries, keys = _size(q_ids_BL.shape[1]), _size(k_ids_BM.shape[1])
+def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> _Blocks:
+    if tiles is None:
+        queries, keys = _size(q_ids_BL.shape[1]), _size(k_ids_BM.shape[1])
+        seen_ij = None
+    else:
+        queries = keys = tiles.tile_tokens
+        seen_ij = tiles.seen(q_ids_BL.shape[1], queries, keys)
     q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, queries, keys)
     meet_Bij = meeting(q_ids, k_ids, queries, keys)
     _, i, j = meet_Bij.shape
-    return _Blocks(queries, keys, i, j, q_ids, k_ids, span(meet_Bij), span(meet_Bij.mT))
+    of_queries = visits(meet_Bij, seen_ij)
+    of_keys = visits(meet_Bij.mT, None if seen_ij is None else seen_ij.T)
+    q_blocks, k_blocks = q_ids.reshape(-1, i, queries), k_ids.reshape(-1, j, keys)
+    alike_Bij = (q_blocks[:, :, None, 0] == k_blocks[:, None, :, 0]) & (
+        jnp.all(q_blocks == q_blocks[..., :1], -1)[:, :, None]
+        & jnp.all(k_blocks == k_blocks[..., :1], -1)[:, None]
+    )
+    return _Blocks(queries, keys, i, j, q_ids, k_ids, of_queries, of_keys, alike_Bij)
 
 
 def _size(length: int) -> int:
-    """Tokens of a block: blocks are alike, at most `BLOCK`, of whole cache lines if several."""
+    """Tokens of a block: at most `BLOCK`, whole cache lines, no padding where that can be."""
+    if length <= BLOCK:
+        return length
+    whole = [size for size in range(BLOCK // 2, BLOCK + 1, LINE) if length % size == 0]
     count = -(-length // BLOCK)
-    size = -(-length // count)
-    return size if count == 1 else -(-size // 16) * 16
+    return max(whole, default=-(-length // (count * LINE)) * LINE)
 
 
 def _columns(x_BLNK, ids):

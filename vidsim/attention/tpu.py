@@ -16,33 +16,33 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as masks
 
+from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, meeting, pad_ids
 
 BLOCK = 512  # most tokens of a block; larger ones run faster, smaller ones leave out more
 LANES = 128  # blocks are of multiples of this
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attend(
     q_BLNK: jax.Array,
     k_BMNK: jax.Array,
     v_BMNK: jax.Array,
     q_ids_BL: jax.Array,
     k_ids_BM: jax.Array,
+    tiles: sliding.Config | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As `cpu.attend`: o_BLNK in q's dtype and lse_BNL float32.
 
     `interpret` runs the kernels' arithmetic on any platform, slowly.
     """
-    return _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, interpret)[0]
+    return _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles, interpret)[0]
 
 
-def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, interpret):
+def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles, interpret):
     B, L, _, K = q_BLNK.shape
-    q_block, k_block = _block(L), _block(k_BMNK.shape[1])
-    q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, q_block, k_block)
-    meet_Bij = meeting(q_ids, k_ids, q_block, k_block)
+    q_block, k_block, q_ids, k_ids, meet_Bij = _cut(q_ids_BL, k_ids_BM, tiles)
     rows = (
         _heads(q_BLNK * K**-0.5, q_ids),
         _heads(k_BMNK, k_ids),
@@ -75,14 +75,12 @@ def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, interpret):
     return (o_BLNK, lse_BNL), (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL)
 
 
-def _backward(interpret, residuals, cotangents):
+def _backward(tiles, interpret, residuals, cotangents):
     q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL = residuals
     do_BLNK, dlse_BNL = cotangents
     B, L, _, K = q_BLNK.shape
     M = k_BMNK.shape[1]
-    q_block, k_block = _block(L), _block(M)
-    q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, q_block, k_block)
-    meet_Bij = meeting(q_ids, k_ids, q_block, k_block)
+    q_block, k_block, q_ids, k_ids, meet_Bij = _cut(q_ids_BL, k_ids_BM, tiles)
     delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
     padding = ((0, 0), (0, 0), (0, q_ids.shape[1] - L))
     # lse adds p dlse to the gradient of the scores, where delta takes p delta.
@@ -126,8 +124,27 @@ def _backward(interpret, residuals, cotangents):
 attend.defvjp(_forward, _backward)
 
 
+def scores(ids_BL: jax.Array) -> int:
+    """How many scores the kernel computes for rows with these ids, of one head."""
+    q_block, k_block, *_, meet_Bij = _cut(ids_BL, ids_BL, None)
+    return int(meet_Bij.sum()) * q_block * k_block
+
+
 def _stack(rows):
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None):
+    """Tokens of blocks of queries and keys, ids up to whole blocks, and which blocks meet."""
+    if tiles is None:
+        q_block, k_block = _block(q_ids_BL.shape[1]), _block(k_ids_BM.shape[1])
+    else:
+        q_block = k_block = tiles.tile_tokens
+    q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, q_block, k_block)
+    meet_Bij = meeting(q_ids, k_ids, q_block, k_block)
+    if tiles is not None:
+        meet_Bij &= tiles.seen(q_ids_BL.shape[1], q_block, k_block)
+    return q_block, k_block, q_ids, k_ids, meet_Bij
 
 
 def _block(length: int) -> int:

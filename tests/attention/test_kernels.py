@@ -1,0 +1,198 @@
+"""Every kernel computes the same attention; those of TPU and GPU are interpreted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidsim.attention import cpu, gpu, tiles, tpu
+from vidsim.attention.blocks import MASKED
+
+KERNELS = ("cpu", "gpu", "tpu")
+LENGTHS = {"cpu": (70, 45), "gpu": (70, 45), "tpu": (300, 200)}
+# Sums of up to 300 products around 1 in float32, in another order.
+FLOAT32 = {"rtol": 2e-5, "atol": 5e-6}
+
+
+@pytest.fixture
+def kernel(request, monkeypatch):
+    """A kernel by name, cutting short rows into several blocks."""
+    monkeypatch.setattr(cpu, "BLOCK", 32)
+    monkeypatch.setattr(tpu, "BLOCK", 128)
+    monkeypatch.setattr(gpu, "FORWARD", gpu._Blocks(32, 16))
+    monkeypatch.setattr(gpu, "BACKWARD", gpu._Blocks(16, 32))
+    return {
+        "cpu": functools.partial(cpu.attend),
+        "gpu": functools.partial(gpu.attend, interpret=True),
+        "tpu": functools.partial(tpu.attend, interpret=True),
+    }[request.param]
+
+
+every_kernel = pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+every_kernel_and_lengths = pytest.mark.parametrize(
+    ("kernel", "lengths"), [(name, LENGTHS[name]) for name in KERNELS], indirect=["kernel"]
+)
+
+
+def dense(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, seen_LM=True):
+    """The definition, with all scores at once."""
+    s = jnp.einsum("BLNK,BMNK->BNLM", q_BLNK, k_BMNK) * q_BLNK.shape[-1] ** -0.5
+    same = (q_ids_BL[:, None, :, None] == k_ids_BM[:, None, None, :]) & seen_LM
+    s = jnp.where(same, s, MASKED)
+    lse = jax.nn.logsumexp(s, axis=-1)
+    p = jnp.where(same, jnp.exp(s - lse[..., None]), 0)
+    lse = jnp.where(jnp.any(same, axis=-1), lse, MASKED)
+    return jnp.einsum("BNLM,BMNK->BLNK", p, v_BMNK), lse
+
+
+def random(queries: int, keys: int, *, seed: int = 0, batch: int = 2):
+    """q, k, v of two heads of 16."""
+    rng = np.random.default_rng(seed)
+    return tuple(
+        rng.normal(size=(batch, length, 2, 16)).astype(np.float32)
+        for length in (queries, keys, keys)
+    )
+
+
+def rising(length: int, *shares: float, batch: int = 2) -> np.ndarray:
+    """Ids 1, 2, ... by their shares of the row, then padding; rows differ a little."""
+    ends = np.cumsum(shares) * length
+    rows = [
+        (np.searchsorted(ends, np.arange(length) + 3 * b, side="right") + 1) for b in range(batch)
+    ]
+    return np.where(np.array(rows) > len(shares), 0, np.array(rows)).astype(np.int32)
+
+
+def results(attend, qkv, q_ids, k_ids):
+    """o, lse and the gradient of a sum over both, with random weights."""
+    rng = np.random.default_rng(9)
+    shape = qkv[0].shape
+    of_o = rng.normal(size=shape).astype(np.float32)
+    of_lse = rng.normal(size=(shape[0], shape[2], shape[1])).astype(np.float32)
+
+    def loss(qkv):
+        o, lse = attend(*qkv, q_ids, k_ids)
+        return jnp.sum(o * of_o) + jnp.sum(jnp.where(lse > MASKED, lse, 0) * of_lse), (o, lse)
+
+    gradient, found = jax.jit(jax.grad(loss, has_aux=True))(qkv)
+    return [np.asarray(x, np.float32) for x in (*found, *gradient)]
+
+
+@every_kernel_and_lengths
+@pytest.mark.parametrize("order", ["rising", "shuffled", "one segment", "one block"])
+def test_equals_dense_attention_in_value_lse_and_gradient(kernel, lengths, order):
+    queries, keys = (20, 12) if order == "one block" else lengths
+    q_ids = rising(queries, 0.3, 0.1, 0.45)
+    k_ids = rising(keys, 0.2, 0.3, 0.3)
+    if order == "one segment":
+        q_ids, k_ids = np.ones_like(q_ids), np.ones_like(k_ids)
+    if order == "shuffled":
+        rng = np.random.default_rng(1)
+        q_ids, k_ids = rng.permuted(q_ids, axis=1), rng.permuted(k_ids, axis=1)
+    qkv = random(queries, keys)
+    ours = results(kernel, qkv, q_ids, k_ids)
+    for found, expected in zip(ours, results(dense, qkv, q_ids, k_ids), strict=True):
+        np.testing.assert_allclose(found, expected, **FLOAT32)
+
+
+@every_kernel_and_lengths
+def test_a_query_that_sees_no_key_gives_zero_and_moves_nothing(kernel, lengths):
+    queries, keys = lengths
+    q_ids = rising(queries, 0.5, 0.5)
+    k_ids = np.ones((2, keys), np.int32)
+    alone = q_ids == 2
+    qkv = random(queries, keys)
+    o, lse, dq, dk, dv = results(kernel, qkv, q_ids, k_ids)
+    assert not o[alone].any() and not dq[alone].any()
+    assert (lse.transpose(0, 2, 1)[alone] == MASKED).all()
+    expected = results(dense, qkv, q_ids, k_ids)
+    np.testing.assert_allclose(dk, expected[3], **FLOAT32)
+    np.testing.assert_allclose(dv, expected[4], **FLOAT32)
+
+
+@every_kernel_and_lengths
+def test_results_over_parts_of_the_keys_merge_by_lse(kernel, lengths):
+    queries, keys = lengths
+    q, k, v = random(queries, keys)
+    q_ids, k_ids = rising(queries, 0.4, 0.4), rising(keys, 0.3, 0.5)
+    half = keys // 2
+
+    def merged(q, k, v, q_ids, k_ids):
+        (o1, lse1), (o2, lse2) = (
+            kernel(q, k[:, part], v[:, part], q_ids, k_ids[:, part])
+            for part in (slice(0, half), slice(half, None))
+        )
+        lse = jnp.logaddexp(lse1, lse2)
+        weights = (jnp.exp(one - lse).transpose(0, 2, 1)[..., None] for one in (lse1, lse2))
+        return sum(o * weight for o, weight in zip((o1, o2), weights, strict=True)), lse
+
+    parts = results(merged, (q, k, v), q_ids, k_ids)
+    for found, expected in zip(parts, results(kernel, (q, k, v), q_ids, k_ids), strict=True):
+        np.testing.assert_allclose(found, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "block"), [("cpu", 32), ("gpu", 32), ("tpu", 128)], indirect=["kernel"]
+)
+def test_blocks_without_a_common_segment_are_not_visited(kernel, block):
+    """Not a number times nothing is not a number: what is read at all shows."""
+    ids = np.repeat([[1, 1, 2, 0]], block, axis=1).astype(np.int32)
+    qkv = random(4 * block, 4 * block, batch=1)
+    for x in qkv:
+        x[:, 2 * block : 3 * block] = np.nan
+    clean = ids[0] != 2
+    o, lse, dq, dk, dv = results(kernel, qkv, ids, ids)
+    for found in (o[0], lse[0].T, dq[0], dk[0], dv[0]):
+        assert np.isfinite(found[clean]).all() and np.isnan(found[~clean]).all()
+
+
+@every_kernel_and_lengths
+def test_bfloat16_is_summed_and_normalised_in_float32(kernel, lengths):
+    queries, keys = lengths
+    q_ids, k_ids = rising(queries, 0.4, 0.5), rising(keys, 0.4, 0.5)
+    qkv = tuple(jnp.asarray(x, jnp.bfloat16) for x in random(queries, keys))
+    o, lse = kernel(*qkv, q_ids, k_ids)
+    assert o.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    exact = tuple(np.asarray(x, np.float32) for x in qkv)
+    ours = results(kernel, qkv, q_ids, k_ids)
+    for found, expected in zip(ours, results(dense, exact, q_ids, k_ids), strict=True):
+        # Products and results are rounded to 8 bits, sums are not: an error of 2^-8 a term, not of
+        # as many as there are keys.
+        scale = np.abs(expected[np.abs(expected) < -MASKED]).max()
+        np.testing.assert_allclose(found, expected, atol=2.0**-6 * scale)
+
+
+@every_kernel
+def test_sliding_tiles_equal_a_dense_mask_by_the_tiles_of_tokens(kernel):
+    # Tiles of 32 or 128 tokens, text that does not fill a block, and padding behind it.
+    tile = (2, 4, 16) if kernel.func is tpu.attend else (2, 4, 4)
+    config = tiles.Config(grid=(6, 8, 3 * tile[2]), tile=tile, window=(1, 2, 3))
+    text, padding = 10, 7
+    patches = np.prod(config.grid)
+    length = patches + text + padding
+    places = np.stack(np.indices(config.grid), -1).reshape(-1, 3) // np.array(tile)
+    places = places[config.order(text)[:patches] - text]
+    first = np.clip(places - np.array(config.window) // 2, 0, np.array([3, 2, 3]) - config.window)
+    near = (places >= first[:, None]) & (places < first[:, None] + config.window)
+    seen = np.ones((length, length), bool)
+    seen[:patches, :patches] = near.all(-1)
+    ids = np.where(np.arange(length) < patches + text, 1, 0)[None].astype(np.int32)
+    qkv = random(length, length, batch=1)
+    ours = results(functools.partial(kernel, tiles=config), qkv, ids, ids)
+    expected = results(functools.partial(dense, seen_LM=seen), qkv, ids, ids)
+    for found, correct in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(found, correct, **FLOAT32)
+
+
+def test_scores_of_a_long_row_are_never_all_there():
+    L = 4096
+    x = jax.ShapeDtypeStruct((1, L, 1, 16), jnp.float32)
+    ids = jax.ShapeDtypeStruct((1, L), jnp.int32)
+
+    def loss(q, k, v, q_ids, k_ids):
+        return jnp.sum(cpu.attend(q, k, v, q_ids, k_ids)[0])
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x, ids, ids).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * L * L / 2

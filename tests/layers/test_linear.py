@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidsim.layers.linear import gated, matmul
+
+
+def arrays(dtype):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 30, 24)).astype(np.float32)
+    kernel = rng.normal(size=(24, 40)).astype(np.float32)
+    g = rng.normal(size=(2, 30, 40)).astype(np.float32)
+    return jnp.asarray(x, dtype), jnp.asarray(kernel), jnp.asarray(g, dtype)
+
+
+def value_and_gradient(product, x, kernel, g):
+    y, pull = jax.vjp(product, x, kernel)
+    return y, *pull(g)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_product_and_gradient_equal_einsum_of_the_same_operands(dtype):
+    x, kernel, g = arrays(dtype)
+    found = jax.jit(value_and_gradient, static_argnums=0)(matmul, x, kernel, g)
+    assert [array.dtype for array in found] == [dtype, dtype, jnp.float32]
+    rounded = kernel.astype(dtype).astype(jnp.float32)
+    exact = (x.astype(jnp.float32), rounded, g.astype(jnp.float32))
+    expected = value_and_gradient(lambda x, w: jnp.einsum("BLD,DE->BLE", x, w), *exact)
+    for ours, theirs in zip(found, expected, strict=True):
+        # Rounded once at the end, where the result is bfloat16; sums of 60 terms around 1.
+        rtol = 2.0**-8 if ours.dtype == jnp.bfloat16 else 1e-5
+        np.testing.assert_allclose(ours.astype(np.float32), theirs, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_map_over_an_axis(dtype):
+    x, kernel, _ = arrays(dtype)
+    kernels = jnp.stack([kernel, 2 * kernel])
+    mapped = jax.vmap(matmul, in_axes=(None, 0))(x, kernels)
+    one_by_one = jnp.stack([matmul(x, kernel), matmul(x, 2 * kernel)])
+    np.testing.assert_array_equal(mapped.astype(np.float32), one_by_one.astype(np.float32))
+
+
+def test_gradient_of_the_gate_is_that_of_its_formula():
+    gate, up = np.random.default_rng(0).normal(size=(2, 7, 5)).astype(np.float32)
+    ours = jax.grad(lambda pair: jnp.sum(jnp.sin(gated(*pair))))((gate, up))
+    formula = jax.grad(lambda pair: jnp.sum(jnp.sin(jax.nn.silu(pair[0]) * pair[1])))((gate, up))
+    for found, expected in zip(ours, formula, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
