@@ -3,6 +3,7 @@
 import jax
 from flax import nnx
 
+from vidsim.layers import quantised
 from vidsim.layers.parameter import parameter
 
 xavier = nnx.initializers.xavier_uniform()
@@ -20,7 +21,7 @@ class Linear(nnx.Module):
     """y = x @ kernel, in x's dtype, without bias.
 
     `axes` are the logical axes of the kernel (input, output), which `parallel/sharding.py` maps to
-    the mesh.
+    the mesh. `operands` is what both are quantised to for the product; "": they are not.
     """
 
     def __init__(
@@ -31,20 +32,26 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None],
         rngs: nnx.Rngs,
         init=xavier,
+        operands: str = "",
     ):
+        self.operands = operands
         self.kernel = parameter(init, (in_features, out_features), axes=axes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self.kernel[...].astype(x.dtype))
+        kernel = self.kernel[...].astype(x.dtype)
+        if self.operands:
+            return quantised.matmul(matmul, x, kernel, self.operands)
+        return matmul(x, kernel)
 
 
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
-        self.up = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
-        self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, operands: str = ""):
+        kind = {"rngs": rngs, "operands": operands}
+        self.gate = Linear(width, hidden, axes=("embed", "mlp"), **kind)
+        self.up = Linear(width, hidden, axes=("embed", "mlp"), **kind)
+        self.down = Linear(hidden, width, axes=("mlp", "embed"), **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
