@@ -29,6 +29,7 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "prepare": ["importlib-resources>=7.1.0", "ray[data]>=2.60.0", "scenedetect>=0.7.2"],
+    "quantised": ["qwix>=0.1.8"],
     "worlds": ["craftax", "mujoco", "vizdoom"],
     "parity": ["diffusers", "torch", "transformers"],
 }

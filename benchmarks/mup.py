@@ -73,6 +73,7 @@ def config(width: int, base_width: int, depth: int = 2) -> dit.Config:
         remat="none",
         unroll=depth,
         dtype="float32",
+        operands="",
         base_width=base_width,
     )
 

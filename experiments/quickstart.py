@@ -148,6 +148,7 @@ def get_config() -> ConfigDict:
                     "remat": "none",
                     "unroll": 5,
                     "dtype": "float32",
+                    "operands": "",
                     "base_width": 0,
                 },
                 "text": {

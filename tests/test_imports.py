@@ -210,7 +210,9 @@ def test_dependencies_are_declared_alike_everywhere():
     for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign):
             lists[node.targets[0].id] = ast.literal_eval(node.value)
-    requirements = lists["REQUIRED"] + lists["EXTRAS"]["test"] + lists["EXTRAS"]["prepare"]
+    requirements = [*lists["REQUIRED"]]
+    for extra in ("test", "prepare", "quantised"):
+        requirements += lists["EXTRAS"][extra]
     named = dict(re.sub(r"\[.*\]", "", one).lower().split(">=") for one in requirements)
     table = tomllib.loads((ROOT / "third_party/dependencies.toml").read_text(encoding="utf-8"))
     table = {name.lower(): row for name, row in table.items()}

@@ -24,6 +24,7 @@ CONFIG = dit.Config(
     remat="none",
     unroll=1,
     dtype="float32",
+    operands="",
     base_width=0,
 )
 TEXT = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4)

@@ -83,7 +83,7 @@ def test_microbatches_equal_the_batch(pack):
 
 
 def test_parts_that_do_not_divide_the_rows_are_named(pack):
-    with pytest.raises(InputError, match="optimizer.accumulate=3 does not divide the 4 rows"):
+    with pytest.raises(InputError, match=r"optimizer\.accumulate=3 does not divide the 4 rows"):
         after_a_step(pack, 3)
     with pytest.raises(InputError, match="accumulate=0 is under 1"):
         optimizer.Config(1.0, 1.0, 0.0, 0, 1, 1.0, 0.05, accumulate=0)

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from vidsim.layers import quantised
 from vidsim.layers.parameter import parameter, weight
 from vidsim.parallel import sharding
 
@@ -68,7 +69,7 @@ class Linear(nnx.Module):
     """y = x @ kernel, in x's dtype, without bias.
 
     `axes` are the logical axes of the kernel (input, output), which `parallel/sharding.py` maps to
-    the mesh.
+    the mesh. `operands` is what both are quantised to for the product; "": they are not.
     """
 
     def __init__(
@@ -79,11 +80,17 @@ class Linear(nnx.Module):
         axes: tuple[str | None, str | None],
         rngs: nnx.Rngs,
         init=xavier,
+        operands: str = "",
     ):
+        self.operands = operands
         self.kernel = parameter(init, (in_features, out_features), axes=axes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x, weight(self.kernel, x.dtype))
+        kernel = weight(self.kernel, x.dtype)
+        if self.operands:
+            y = quantised.matmul(matmul, x, kernel, self.operands)
+        else:
+            y = matmul(x, kernel)
         return sharding.summed(y, sharding.axes_of(self.kernel)[-2])
 
 
@@ -106,10 +113,11 @@ gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_gradient)
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)) (arXiv:2002.05202)."""
 
-    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.gate = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
-        self.up = Linear(width, hidden, axes=("embed", "mlp"), rngs=rngs)
-        self.down = Linear(hidden, width, axes=("mlp", "embed"), rngs=rngs)
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs, operands: str = ""):
+        kind = {"rngs": rngs, "operands": operands}
+        self.gate = Linear(width, hidden, axes=("embed", "mlp"), **kind)
+        self.up = Linear(width, hidden, axes=("embed", "mlp"), **kind)
+        self.down = Linear(hidden, width, axes=("mlp", "embed"), **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = (checkpoint_name(f(x), "mlp_hidden") for f in (self.gate, self.up))

@@ -24,6 +24,7 @@ from vidsim import config as configs
 from vidsim.attention import segments
 from vidsim.diffusion import flow
 from vidsim.errors import InputError
+from vidsim.layers import quantised
 from vidsim.layers.linear import Linear, SwiGLU, xavier
 from vidsim.layers.norms import rms_normalise
 from vidsim.layers.parameter import parameter
@@ -92,6 +93,7 @@ class Config:
     remat: str | Mapping | Remat  # one of REMAT_POLICIES, or what a `Remat` is to save and offload
     unroll: int  # layers in one body of the scan: more run faster on a CPU, and compile slower
     dtype: str  # of activations; norms, softmax and the loss are float32
+    operands: str  # of the blocks' matrix products: int8, float8_e4m3fn; "": as activations
     base_width: int  # the width that learning rates are found at (muP); 0: this one
 
     def __post_init__(self):
@@ -106,6 +108,7 @@ class Config:
             object.__setattr__(self, "remat", configs.build(Remat, self.remat, where="remat"))
         elif not isinstance(self.remat, Remat) and self.remat not in REMAT_POLICIES:
             raise InputError(f"remat={self.remat!r} is none of {sorted(REMAT_POLICIES)}")
+        quantised.check(self.operands)
         if self.base_width < 0:
             raise InputError(f"base_width={self.base_width} is negative; use a width, or 0")
 
@@ -157,12 +160,12 @@ class Tokens(NamedTuple):
 class Block(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width, self.heads = config.width, config.heads
-        axes = ("embed", "heads")
-        self.query = Linear(width, width, axes=axes, rngs=rngs)
-        self.key = Linear(width, width, axes=axes, rngs=rngs)
-        self.value = Linear(width, width, axes=axes, rngs=rngs)
-        self.out = Linear(width, width, axes=("heads", "embed"), rngs=rngs)
-        self.mlp = SwiGLU(width, config.mlp_hidden, rngs=rngs)
+        axes, kind = ("embed", "heads"), {"rngs": rngs, "operands": config.operands}
+        self.query = Linear(width, width, axes=axes, **kind)
+        self.key = Linear(width, width, axes=axes, **kind)
+        self.value = Linear(width, width, axes=axes, **kind)
+        self.out = Linear(width, width, axes=("heads", "embed"), **kind)
+        self.mlp = SwiGLU(width, config.mlp_hidden, **kind)
         ones = nnx.initializers.ones
         head_dim = width // config.heads
         self.query_scale = parameter(ones, (head_dim,), axes=(None,), rngs=rngs)
