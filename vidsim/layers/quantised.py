@@ -29,7 +29,7 @@ def check(operands: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def matmul(plain, x: jax.Array, kernel: jax.Array, operands: str) -> jax.Array:
-    """x @ kernel over the last axis with both quantised; `plain` is the product that it stands for."""
+    """x @ kernel over the last axis, both quantised; `plain` is the product that it stands for."""
     import qwix
 
     rows = qwix.quantize(x.reshape(-1, x.shape[-1]), operands, channelwise_axes=(0,))

@@ -70,7 +70,7 @@ def muon(
         )
         stacks = {name: _stack(leaf).astype(dtype) for name, leaf in trees.flatten(ahead).items()}
         if alone:
-            stacks = {name: jax.vmap(_orthogonal)(stack) for name, stack in stacks.items()}
+            stacks = {name: jax.lax.map(_orthogonal, stack) for name, stack in stacks.items()}
         else:
             stacks = _spread(stacks, shardings)
 
