@@ -6,8 +6,8 @@ them, samples every mode and writes report.html.
 
     vidsim run --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 5 and the
-transformer (4M) 7. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity
+Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 6 and the
+transformer (4M) 8. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity
 error of extended clips of 0.5 to 0.6 of a frozen ball's.
 
 On your own folder of videos and images instead of the world:
@@ -172,7 +172,7 @@ def get_config() -> ConfigDict:
                     "ema_sigma_rel": 0.02,
                 },
                 "loop": {
-                    "steps": 800,
+                    "steps": 880,
                     "log_every": 10,
                     "checkpoint_every": 100,
                     "evaluate_every": 200,
