@@ -62,13 +62,14 @@ def native(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax
 def taps(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:
     """The sum of 2-D convolutions, one a time tap, each begun when the one before has ended.
 
-    Otherwise the compiler keeps copies of the frames under several taps, or layers, at a time.
+    Otherwise the compiler keeps copies of the frames under several taps, or layers, at a time; and,
+    in a loop over frames, of all kernels.
     """
     total = 0.0
-    for tap, kernel_HWCD in enumerate(kernel_THWCD):
-        frames = _under_taps(x_BTHWC, kernel_THWCD.shape[0], time_stride)[tap]
-        total = total + _conv2d(frames, kernel_HWCD)
-        total, x_BTHWC = jax.lax.optimization_barrier((total, x_BTHWC))
+    for tap in range(len(kernel_THWCD)):
+        total, x_BTHWC, kernel_THWCD = jax.lax.optimization_barrier((total, x_BTHWC, kernel_THWCD))
+        frames = _under_taps(x_BTHWC, len(kernel_THWCD), time_stride)[tap]
+        total = total + _conv2d(frames, kernel_THWCD[tap])
     return total
 
 
