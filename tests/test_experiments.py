@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from vidsim.data import buckets
 from vidsim.stages.run import Run
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
@@ -50,6 +51,20 @@ def test_an_autoencoder_compresses_as_its_name_says(name, tmp_path):
     mean, back = jax.eval_shape(there_and_back, state, video)
     assert mean.shape == (1, 1 + 16 // time, 2, 1, channels)
     assert back.shape == video.shape
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_sees_videos_of_every_size_within_the_cost_of_a_step(name, tmp_path):
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    index = [
+        {"split": "train", "width": width, "height": height, "frames": frames}
+        for width, height in ((1920, 1080), (1080, 1920), (640, 480), (320, 240))
+        for frames in (1, 30, 300)
+    ]
+    shapes = buckets.find(index, run.buckets, stride=run.vae.compression, grid=run.stride.token)
+    longest = {shape[1:]: shape[0] for shape in shapes}  # by length they are in order
+    assert len(longest) > 2 and min(longest.values()) > 1
+    assert all(buckets.batch_size(shape, run.buckets) for shape in shapes)
 
 
 def test_every_file_of_an_autoencoder_is_tested():
