@@ -64,7 +64,11 @@ def write_shards(folder: pathlib.Path, count: int, frames: int, height: int, wid
         )
 
     folder.mkdir(parents=True)
-    records.write_shards(folder, map(clip, range(count)), 256)
+    clips = list(map(clip, range(count)))
+    shards = records.plan_shards(["train"] * count, 256)
+    for shard in shards:
+        records.write_shard(folder / shard.name, (clips[i] for i in shard.records))
+    records.write_index(folder, shards, list(map(records.index_row, clips)))
     (folder / "manifest.json").write_text("{}")
     return sources.Joined({"": records.Shards(folder)})
 

@@ -6,12 +6,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from vidsim.data import records, tfds_builder, video
-from vidsim.files import write_json
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shards")
+def folder(tmp_path_factory, write_shards):
     clips = [
         records.Clip(
             id=f"clip_{number}.mp4#0000",
@@ -28,9 +26,7 @@ def folder(tmp_path_factory):
         )
         for number in range(4)
     ]
-    records.write_shards(path, clips, 2)
-    write_json(path / "manifest.json", {})
-    return path
+    return write_shards(tmp_path_factory.mktemp("shards"), clips)
 
 
 def test_tfds_reads_the_shards_by_name_without_tensorflow(folder):
