@@ -99,8 +99,7 @@ class Shards:
                 f"record {i} of {self.path} is not {row['id']!r}, as its index.jsonl says;"
                 " prepare it again"
             )
-        captions = tuple((text, origin) for text, origin in row["captions"])
-        return Clip(**{**row, "captions": captions}, data=feature["data"].bytes_list.value[0])
+        return from_row(row, feature["data"].bytes_list.value[0])
 
     def __getstate__(self) -> pathlib.Path:
         return self.path
@@ -257,3 +256,9 @@ def index_row(clip: Clip) -> dict:
     """What index.jsonl says of a clip."""
     names = [field.name for field in dataclasses.fields(Clip) if field.name != "data"]
     return json.loads(json.dumps({name: getattr(clip, name) for name in names}))
+
+
+def from_row(row: dict, data: bytes) -> Clip:
+    """The clip that `index_row` tells of, with its bytes."""
+    captions = tuple((text, origin) for text, origin in row["captions"])
+    return Clip(**{**row, "captions": captions}, data=data)
