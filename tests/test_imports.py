@@ -194,7 +194,7 @@ def test_planted_faults_are_found(module, source):
         ("vidsim.attention.segments", "from vidsim.parallel.mesh import AXES"),
         ("vidsim.cli.export", "from vidsim.third_party.wan import names"),
         ("vidsim.worlds.physics", "from vidsim.data import video"),
-        ("vidsim.sampling.modes", "from vidsim.data.buckets import nearest_size"),
+        ("vidsim.sampling.modes", "from vidsim.data.shapes import nearest_size"),
         ("vidsim.data.pipeline", "import grain"),
         ("vidsim.models.dit", "def f():\n    import grain"),
     ],

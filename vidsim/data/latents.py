@@ -33,10 +33,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vidsim import files, progress, trees
+from vidsim.data.shapes import Shape
 from vidsim.data.sources import Clips
 from vidsim.errors import InputError
 
-Shape = tuple[int, int, int]  # frames, height, width
 _GROUPS = 1024  # of shapes, that merging begins with
 
 # uint8 [B, T, H, W, 3], and int32 [B, 2] with the height and width that count -> [B, t, h, w, c]

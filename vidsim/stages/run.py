@@ -14,6 +14,7 @@ from vidsim import config as configs
 from vidsim import files
 from vidsim.data import buckets, filters, latents, packing, pipeline, prepare, sources, tfds_source
 from vidsim.data.records import Shards
+from vidsim.data.shapes import Shape
 from vidsim.diffusion import conditions, time_sampling
 from vidsim.errors import InputError
 from vidsim.export import models as exported
@@ -192,7 +193,7 @@ class Run:
         return sources.Mix(weights, self.data.image_share)
 
     @functools.cached_property
-    def bucket_shapes(self) -> tuple[buckets.Shape, ...]:
+    def bucket_shapes(self) -> tuple[Shape, ...]:
         """The static shapes of pixel batches, given or found."""
         stride = self.vae.compression
         grid = stride[1] * self.dit.patch

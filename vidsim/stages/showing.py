@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 
 from vidsim import files
-from vidsim.data import buckets, latents, video
+from vidsim.data import latents, video
+from vidsim.data.shapes import nearest_size
 from vidsim.evaluation import evaluator, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
@@ -112,7 +113,7 @@ def _sample_modes(run: Run, models: generate.Models) -> dict:
         if not records:
             continue
         row = run.clips.index[records[0]]
-        width, height = buckets.nearest_size(row["width"], row["height"], run.sample.sizes)
+        width, height = nearest_size(row["width"], row["height"], run.sample.sizes)
         given = run.clips.window(records[0], 0, count, height, width)
         fps = row["fps"] if row["frames"] > 1 else frame_rate(run)
         path = inputs / (f"{mode}.png" if count == 1 else f"{mode}.mp4")
