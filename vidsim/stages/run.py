@@ -15,6 +15,7 @@ from vidsim import files
 from vidsim.data import buckets, filters, latents, packing, pipeline, prepare, sources, tfds_source
 from vidsim.data.records import Shards
 from vidsim.data.shapes import Shape
+from vidsim.data.windows import Stride, Window, windows_of
 from vidsim.diffusion import conditions, time_sampling
 from vidsim.errors import InputError
 from vidsim.export import models as exported
@@ -211,9 +212,9 @@ class Run:
         )
 
     @property
-    def stride(self) -> latents.Stride:
+    def stride(self) -> Stride:
         """What one latent and one token of the models cover."""
-        return latents.Stride(*self.vae.compression, patch=self.dit.patch)
+        return Stride(*self.vae.compression, patch=self.dit.patch)
 
     def batch_devices(self) -> int:
         """How many parts a batch is split into."""
@@ -293,6 +294,13 @@ class Run:
         path = self.path("world", "truth.jsonl")
         rows = files.read_jsonl(path) if self.rendered and path.exists() else []
         return {row["file"]: row for row in rows}
+
+    def windows(self) -> list[Window]:
+        """What of the clips becomes latents."""
+        config = self.latents
+        return windows_of(
+            self.clips.index, self.stride, area=config.area, max_frames=config.max_frames
+        )
 
     def words(self) -> tokenizer.Tokenizer:
         return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.text.max_tokens)
