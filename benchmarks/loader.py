@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import claim
-from vidsim.data import buckets, latents, pipeline, records, sources, video
+from vidsim.data import buckets, fitting, latents, pipeline, records, sources, video
 
 THREADS = 2
 ROUNDS = 15
@@ -41,7 +41,7 @@ def scene(seed: int, frames: int, height: int, width: int) -> np.ndarray:
     """uint8 [T, H, W, 3]: a textured picture that a camera moves over."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (1, 24, 32, 3), dtype=np.uint8)
-    large = video.fit(coarse, height + frames, width + 2 * frames)[0].astype(np.int16)
+    large = fitting.fit(coarse, height + frames, width + 2 * frames)[0].astype(np.int16)
     large += rng.integers(-6, 7, large.shape, dtype=np.int16)
     large = np.clip(large, 0, 255).astype(np.uint8)
     return np.stack([large[t : t + height, 2 * t : 2 * t + width] for t in range(frames)])

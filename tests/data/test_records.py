@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from vidsim.data import records, video
+from vidsim.data import fitting, records, video
 from vidsim.errors import InputError
 
 
@@ -141,7 +141,7 @@ def test_reading_a_clip_leaves_out_what_comes_before_its_first_frame(folder):
     assert len(part) == 2
     small = records.read_clip(clip, start=1, count=2, size=(8, 6))
     # Rounded once instead of twice.
-    assert np.abs(small.astype(int) - video.fit(part, 8, 6)).max() <= 1
+    assert np.abs(small.astype(int) - fitting.fit(part, 8, 6)).max() <= 1
 
 
 def test_same_clips_give_the_same_bytes_in_every_process(folder, tmp_path):
