@@ -23,6 +23,7 @@ from vidsim.models import discriminator, dit, vae
 from vidsim.models.autoencoder import Grid, Statistics
 from vidsim.parallel import mesh as meshes
 from vidsim.sampling import generate, modes
+from vidsim.stages import sections
 from vidsim.text import encoder, tokenizer
 from vidsim.training import checkpoint, loop, objectives, optimizer, vae_losses
 from vidsim.worlds import physics as world
@@ -57,21 +58,21 @@ class Run:
         self.config = config
         self.workdir = pathlib.Path(workdir)
         build = configs.build
-        build(Experiment, config, where="config")
-        finish = build(VAESection, config["vae"], where="vae").finish
+        build(sections.Experiment, config, where="config")
+        finish = build(sections.VAE, config["vae"], where="vae").finish
         if finish is not None:
-            build(Finish, finish, where="vae.finish")
-        self.text_dropout = build(DiTSection, config["dit"], where="dit").text_dropout
+            build(sections.Finish, finish, where="vae.finish")
+        self.text_dropout = build(sections.DiT, config["dit"], where="dit").text_dropout
         self.seed = config["seed"]
         self.world = build(world.Config, config["world"], where="world")
-        self.data = build(Data, config["data"], where="data")
+        self.data = build(sections.Data, config["data"], where="data")
         self.filters = build(filters.Filters, config["data"]["filters"], where="data.filters")
         self.sources = self._sources()
         self.pipeline = build(pipeline.Config, config["pipeline"], where="pipeline")
         self.mesh_config = build(meshes.Config, config["mesh"], where="mesh")
         self.sample = build(modes.Config, config["sample"], where="sample")
-        self.evaluation = build(Evaluation, config["evaluation"], where="evaluation")
-        self.report = build(Report, config["report"], where="report")
+        self.evaluation = build(sections.Evaluation, config["evaluation"], where="evaluation")
+        self.report = build(sections.Report, config["report"], where="report")
         self.latents = build(latents.Config, config["latents"], where="latents")
         own = build(vae.Config, config["vae"]["model"], where="vae.model")
         self.published = self._published(config["vae"], own.dtype, published)
@@ -316,95 +317,6 @@ def open_folder(workdir: str, **readers) -> Run:
     if not path.is_file():
         raise InputError(f"{workdir} holds no run; give the --workdir of `vidsim run`")
     return Run(files.read_json(path), workdir, **readers)
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """The sections of an experiment file."""
-
-    name: str
-    seed: int
-    mesh: Mapping
-    world: Mapping
-    data: Mapping
-    pipeline: Mapping
-    vae: Mapping
-    latents: Mapping
-    dit: Mapping
-    sample: Mapping
-    evaluation: Mapping
-    report: Mapping
-
-
-@dataclasses.dataclass(frozen=True)
-class VAESection:
-    model: Mapping
-    weights: str  # a folder of published weights, used instead of training; "": train `model`
-    discriminator: Mapping
-    loss: Mapping
-    buckets: Mapping
-    optimizer: Mapping
-    loop: Mapping
-    finish: Mapping | None = None  # without it there is no such stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Finish:
-    """What is other than in `vae` when the decoder alone is trained on."""
-
-    loss: Mapping
-    optimizer: Mapping
-    loop: Mapping
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTSection:
-    model: Mapping
-    text: Mapping
-    loss: Mapping
-    times: Mapping
-    conditions: Mapping
-    text_dropout: float
-    pack: Mapping
-    optimizer: Mapping
-    loop: Mapping
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    input: str  # a folder; "" for the world, or where there are sources
-    sources: tuple[Mapping, ...]  # of several: {"name", "input", "weight"} each
-    image_share: float  # of the draws, that are images; 0: as many as there are
-    fps: float  # frames/s that faster videos are resampled to; 0: none are
-    caption_weights: Mapping[str, float]  # by origin; {}: every caption is as likely
-    validation_share: float
-    max_seconds: float
-    filters: Mapping
-    cache_megabytes: float
-    on_change: str  # "error" | "restart_epoch": when a checkpoint was trained on other data
-
-    def __post_init__(self):
-        if self.on_change not in checkpoint.ON_CHANGE:
-            raise InputError(
-                f"data.on_change={self.on_change!r} is none of {', '.join(checkpoint.ON_CHANGE)}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    batches: int
-    times: tuple[float, ...]
-    vae_clips: int
-    physics_clips: int
-    physics_frames: int
-    guidance_scale: float
-    batch: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    prompts: tuple[str, ...]
-    seed: int
 
 
 def vae_only(run: Run, params, statistics=None) -> generate.Models:
