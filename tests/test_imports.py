@@ -2,7 +2,6 @@
 
 import ast
 import pathlib
-import re
 import tomllib
 
 import pytest
@@ -210,7 +209,7 @@ def test_dependencies_are_declared_alike_everywhere():
         if isinstance(node, ast.Assign):
             lists[node.targets[0].id] = ast.literal_eval(node.value)
     requirements = lists["REQUIRED"] + lists["EXTRAS"]["test"] + lists["EXTRAS"]["prepare"]
-    named = dict(re.sub(r"\[.*\]", "", one).lower().split(">=") for one in requirements)
+    named = dict(one.lower().split(">=") for one in requirements)
     table = tomllib.loads((ROOT / "third_party/dependencies.toml").read_text(encoding="utf-8"))
     table = {name.lower(): row for name, row in table.items()}
     assert set(table) == set(named)
