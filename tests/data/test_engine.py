@@ -92,10 +92,13 @@ def test_an_address_where_no_cluster_answers_is_named(folder, tmp_path):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    assert not engine.Engine().on_ray
+    engine.HERE.check_installed()
     for settings in ({"workers": 2}, {"ray_address": "auto"}):
-        with pytest.raises(InputError, match=r"pip install 'vidsim\[prepare\]'"):
-            engine.Engine(**settings)
+        with (
+            pytest.raises(InputError, match=r"pip install 'vidsim\[prepare\]'"),
+            engine.started(engine.Engine(**settings)),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"workers": -1, "ray_address": "auto"}])

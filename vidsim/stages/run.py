@@ -12,7 +12,18 @@ import numpy as np
 
 from vidsim import config as configs
 from vidsim import files
-from vidsim.data import buckets, filters, latents, packing, pipeline, prepare, sources, tfds_source
+from vidsim.data import (
+    buckets,
+    engine,
+    filters,
+    latents,
+    packing,
+    pipeline,
+    prepare,
+    shots,
+    sources,
+    tfds_source,
+)
 from vidsim.data.records import Shards
 from vidsim.data.shapes import Shape
 from vidsim.data.windows import Stride, Window, windows_of
@@ -67,6 +78,7 @@ class Run:
         self.world = build(world.Config, config["world"], where="world")
         self.data = build(sections.Data, config["data"], where="data")
         self.filters = build(filters.Filters, config["data"]["filters"], where="data.filters")
+        self.engine = build(engine.Engine, config["data"]["engine"], where="data.engine")
         self.sources = self._sources()
         self.pipeline = build(pipeline.Config, config["pipeline"], where="pipeline")
         self.mesh_config = build(meshes.Config, config["mesh"], where="mesh")
@@ -209,6 +221,7 @@ class Run:
             out=str(self.path("shards", source.name)),
             validation_share=self.data.validation_share,
             max_seconds=self.data.max_seconds,
+            shot_cuts=self.data.shot_cuts,
             filters=self.filters,
         )
 
@@ -235,9 +248,7 @@ class Run:
                     f"{self.workdir} was started with another config ({different}); "
                     "use a new --workdir, or the old value"
                 )
-            if configs.difference(
-                before["data"] | {"on_change": self.data.on_change}, self.config["data"]
-            ):
+            if configs.difference(_made_of(before), _made_of(self.config)):
                 self._check_sources()
                 self._redo()
             if configs.difference(before, self.config):
@@ -247,7 +258,10 @@ class Run:
             files.write_json(path, self.config)
 
     def _check_sources(self) -> None:
-        """Wrong input must not claim the folder."""
+        """Neither wrong input nor a library that preparing lacks must claim the folder."""
+        self.engine.check_installed()
+        if self.data.shot_cuts:
+            shots.check_installed()
         for source in () if self.rendered else self.sources:
             if tfds_source.is_tfds(source.input):
                 tfds_source.check(source.input)
@@ -256,10 +270,8 @@ class Run:
 
     def _bound(self, config) -> dict:
         """What of a config a work folder is bound to: data may change where they are allowed to."""
-        if self.data.on_change == "restart_epoch":
-            return {name: section for name, section in config.items() if name != "data"}
-        data = {name: value for name, value in config["data"].items() if name != "on_change"}
-        return {**config, "data": data}
+        free = self.data.on_change == "restart_epoch"
+        return {**config, "data": {} if free else _made_of(config)}
 
     def _redo(self) -> None:
         """Marks what is made of the data as not complete, so that the stages look again."""
@@ -305,6 +317,11 @@ class Run:
 
     def words(self) -> tokenizer.Tokenizer:
         return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.text.max_tokens)
+
+
+def _made_of(config: Mapping) -> dict:
+    """What of the section `data` says what data there are, not where or when they are made."""
+    return {k: v for k, v in config["data"].items() if k not in ("engine", "on_change")}
 
 
 def open_folder(workdir: str, **readers) -> Run:

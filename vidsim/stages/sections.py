@@ -71,7 +71,9 @@ class Data:
     caption_weights: Mapping[str, float]  # by origin; {}: every caption is as likely
     validation_share: float
     max_seconds: float
+    shot_cuts: bool
     filters: Mapping
+    engine: Mapping
     cache_megabytes: float
     on_change: str  # "error" | "restart_epoch": when a checkpoint was trained on other data
 
