@@ -91,7 +91,7 @@ def way_to_data_library(module: str, known: dict[str, str]) -> list[str]:
         for name in sorted(imported(way[-1], known[way[-1]], top_level=True)):
             if name.split(".")[0] in DATA_LIBRARIES:
                 return [*way, name]
-            # `from vidsim.data.video import fit` names a module and something in it.
+            # `from vidsim.data.video import probe` names a module and something in it.
             target = name if name in known else name.rpartition(".")[0]
             if target in known and target not in seen:
                 seen.add(target)
@@ -141,7 +141,7 @@ def test_the_training_step_reaches_no_data_library():
 def test_a_data_library_is_found_through_other_modules():
     known = {
         "vidsim.training.loop": "from vidsim.sampling import modes",
-        "vidsim.sampling.modes": "from vidsim.data.video import fit",
+        "vidsim.sampling.modes": "from vidsim.data.video import probe",
         "vidsim.data.video": "import av.video",
         "vidsim.training.step": "def f():\n    from vidsim.data import video",
     }

@@ -306,6 +306,7 @@ class Plan:
             images = tokens[fits & video].sum() / tokens[left & video].sum()
             fits &= video | (rng.random(len(fits)) < images)
             count = int(part * tokens[fits].sum() / config.tokens)
+            count = min(count, self.block_steps - len(steps))
             order = rng.permutation(np.flatnonzero(fits))
             for fill in SHORT_FILLS if count else ():
                 own = order[np.cumsum(tokens[order]) <= fill * count * config.tokens]
