@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
                 "caption_weights": {},  # by origin, such as {"descriptive": 0.95, "given": 0.05}
                 "validation_share": 0.1,
                 "max_seconds": 10.0,
+                "shot_cuts": False,  # no clip holds two shots (needs vidsim[prepare])
                 "filters": {  # see data/filters.py; 0 is off, and a rendered world needs none
                     "min_seconds": 0.0,
                     "min_pixels": 0,
@@ -59,6 +60,8 @@ def get_config() -> ConfigDict:
                     "min_sharpness": 0.0,
                     "duplicate_bits": 0,
                 },
+                # Processes that prepare clips, or a Ray cluster; may be others after a restart.
+                "engine": {"workers": 1, "ray_address": ""},
                 "cache_megabytes": 512.0,
                 "on_change": "error",  # or "restart_epoch": go on when the data are others
             },

@@ -22,7 +22,7 @@ def prepare_shards(run: Run) -> dict:
         counts = {}
         for source in run.sources:
             tfds_source.as_folder(source.input, run.path("tfds", source.name))
-            done = prepare.prepare(run.shards_config(source))
+            done = prepare.prepare(run.shards_config(source), on=run.engine)
             counts[source.name] = {name: n for name, n in done.items() if name != "out"}
         return counts if run.data.sources else counts[""]
 
