@@ -61,7 +61,8 @@ def test_an_autoencoder_sees_videos_of_every_size_within_the_cost_of_a_step(name
         for width, height in ((1920, 1080), (1080, 1920), (640, 480), (320, 240))
         for frames in (1, 30, 300)
     ]
-    shapes = buckets.find(index, run.buckets, stride=run.vae.compression, grid=run.stride.token)
+    stride, grid = run.vae.compression, run.stride.token
+    shapes = buckets.shapes_of(index, run.buckets, stride=stride, grid=grid)
     longest = {shape[1:]: shape[0] for shape in shapes}  # by length they are in order
     assert len(longest) > 2 and min(longest.values()) > 1
     assert all(buckets.batch_size(shape, run.buckets) for shape in shapes)
