@@ -130,7 +130,7 @@ def get_config() -> ConfigDict:
                 },
             },
             "latents": {
-                "area": 0,  # every clip at its own size
+                "area": 64 * 48,  # that larger clips are resized to; 0: every clip at its own size
                 "max_frames": 17,
                 "batch_pixels": 400_000,
                 "max_shapes": 16,

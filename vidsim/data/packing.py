@@ -191,8 +191,8 @@ class Plan:
         if least[worst] > self.config.lengths[-1]:
             raise InputError(
                 f"one latent frame of sample {drawn[worst]} and its caption have {least[worst]} "
-                f"tokens, rows have {self.config.lengths[-1]}; raise pack.lengths or encode at a "
-                "smaller area"
+                f"tokens, rows have {self.config.lengths[-1]}; raise dit.pack.lengths or lower "
+                "latents.area"
             )
 
     def _weigh(self) -> np.ndarray:

@@ -3,6 +3,7 @@
 import jax
 
 from vidsim.data import latents, prepare, tfds_source
+from vidsim.errors import InputError
 from vidsim.parallel import multihost
 from vidsim.sampling import generate
 from vidsim.stages.run import Run, latent_mark, load_vae
@@ -39,6 +40,25 @@ def train_tokenizer(run: Run) -> dict:
         return {"vocabulary": found.vocabulary, "texts": len(texts)}
 
     return multihost.run_once(train, "tokenizer")
+
+
+def check_rows(run: Run) -> None:
+    """Finds before anything is trained what would stop the transformer after hours.
+
+    Raises:
+        InputError: one latent frame of a clip does not fit a row.
+    """
+    longest = run.pack.lengths[-1]
+    largest = max(run.windows(), key=lambda window: window.height * window.width, default=None)
+    if largest is None:
+        return  # encoding says so
+    tokens = largest.height * largest.width // run.stride.token**2 + 1
+    if tokens > longest:
+        raise InputError(
+            f"one latent frame of {run.clips.index[largest.record]['id']} at {largest.width}x"
+            f"{largest.height} and its caption need {tokens} tokens or more, and rows have "
+            f"{longest}; lower latents.area={run.latents.area}, or raise dit.pack.lengths"
+        )
 
 
 def encode_latents(run: Run) -> dict:
