@@ -25,10 +25,10 @@ REQUIRED = [
 ]
 
 EXTRAS = {
-    "test": ["hypothesis>=6.170.15", "pytest>=9.2.0", "ruff>=0.17.6"],
+    "test": ["hypothesis>=6.170.15", "pytest>=9.2.0", "pytest-xdist>=3.8.0", "ruff>=0.17.6"],
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
-    "prepare": ["importlib-resources>=7.1.0", "ray[data]>=2.60.0", "scenedetect>=0.7.2"],
+    "prepare": ["importlib-resources>=7.1.0", "ray>=2.60.0", "scenedetect>=0.7.2"],
     "quantised": ["qwix>=0.1.8"],
     "worlds": ["craftax", "mujoco", "vizdoom"],
     "parity": ["diffusers", "torch", "transformers"],

@@ -23,7 +23,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import claim
-from vidsim.data import buckets, latents, pipeline, records, sources, video
+from vidsim.data import buckets, fitting, latents, pipeline, records, sources, video
 
 THREADS = 2
 ROUNDS = 15
@@ -41,7 +41,7 @@ def scene(seed: int, frames: int, height: int, width: int) -> np.ndarray:
     """uint8 [T, H, W, 3]: a textured picture that a camera moves over."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (1, 24, 32, 3), dtype=np.uint8)
-    large = video.fit(coarse, height + frames, width + 2 * frames)[0].astype(np.int16)
+    large = fitting.fit(coarse, height + frames, width + 2 * frames)[0].astype(np.int16)
     large += rng.integers(-6, 7, large.shape, dtype=np.int16)
     large = np.clip(large, 0, 255).astype(np.uint8)
     return np.stack([large[t : t + height, 2 * t : 2 * t + width] for t in range(frames)])
@@ -64,7 +64,11 @@ def write_shards(folder: pathlib.Path, count: int, frames: int, height: int, wid
         )
 
     folder.mkdir(parents=True)
-    records.write_shards(folder, map(clip, range(count)), 256)
+    clips = list(map(clip, range(count)))
+    shards = records.plan_shards(["train"] * count, 256)
+    for shard in shards:
+        records.write_shard(folder / shard.name, (clips[i] for i in shard.records))
+    records.write_index(folder, shards, list(map(records.index_row, clips)))
     (folder / "manifest.json").write_text("{}")
     return sources.Joined({"": records.Shards(folder)})
 

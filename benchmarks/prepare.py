@@ -31,7 +31,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import claim
-from vidsim.data import engine, filters, listing, packets, prepare, records, video
+from vidsim.data import engine, filters, listing, packets, prepare, records, units, video
 
 ROOT = pathlib.Path(__file__).parents[1]
 CLIPS, FRAMES, FPS, SIZE = 32, 48, 24, (360, 640)
@@ -122,7 +122,7 @@ def prepare_with_a_killed_raylet(config: prepare.Config) -> dict:
     raylet["node_ip_address"] = "127.0.0.2"
     work = pathlib.Path(config.out).with_name(f".{pathlib.Path(config.out).name}.work")
     media, _ = listing.list_files(pathlib.Path(config.input))
-    found = {"units": len(prepare.plan_units(pathlib.Path(config.input), media))}
+    found = {"units": len(units.plan(pathlib.Path(config.input), media))}
     with contextlib.ExitStack() as stack:
         temp = stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-"))
         stack.enter_context(unittest.mock.patch.dict(os.environ, RAY_TMPDIR=temp))

@@ -6,8 +6,8 @@ them, samples every mode and writes report.html.
 
     vidsim run --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 5 and the
-transformer (4M) 7. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity
+Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 6 and the
+transformer (4M) 8. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity
 error of extended clips of 0.5 to 0.6 of a frozen ball's.
 
 On your own folder of videos and images instead of the world:
@@ -49,6 +49,7 @@ def get_config() -> ConfigDict:
                 "caption_weights": {},  # by origin, such as {"descriptive": 0.95, "given": 0.05}
                 "validation_share": 0.1,
                 "max_seconds": 10.0,
+                "shot_cuts": False,  # no clip holds two shots (needs vidsim[prepare])
                 "filters": {  # see data/filters.py; 0 is off, and a rendered world needs none
                     "min_seconds": 0.0,
                     "min_pixels": 0,
@@ -60,6 +61,8 @@ def get_config() -> ConfigDict:
                     "min_sharpness": 0.0,
                     "duplicate_bits": 0,
                 },
+                # Processes that prepare clips, or a Ray cluster; may be others after a restart.
+                "engine": {"workers": 1, "ray_address": ""},
                 "cache_megabytes": 512.0,
                 "on_change": "error",  # or "restart_epoch": go on when the data are others
             },
@@ -131,7 +134,7 @@ def get_config() -> ConfigDict:
                 },
             },
             "latents": {
-                "area": 0,  # every clip at its own size
+                "area": 64 * 48,  # that larger clips are resized to; 0: every clip at its own size
                 "max_frames": 17,
                 "batch_pixels": 400_000,
                 "max_shapes": 16,
@@ -182,7 +185,7 @@ def get_config() -> ConfigDict:
                     "ema_sigma_rels": (0.02,),
                 },
                 "loop": {
-                    "steps": 800,
+                    "steps": 880,
                     "log_every": 10,
                     "checkpoint_every": 100,
                     "evaluate_every": 200,

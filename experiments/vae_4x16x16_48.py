@@ -5,7 +5,8 @@
         --workdir=runs/vae
 
 The stride of Wan 2.2's (arXiv:2503.20314), which quarters the tokens of the transformer, whose
-patches then are single latents. 2x2 pixels are folded into channels before the first level.
+patches then are single latents. 2x2 pixels are folded into channels before the first level. Clips
+of training have up to 21 latents (81 frames) of 256x256, 5 (17 frames) of 512x512.
 
 What is not named here is as in `vae_4x8x8_16.py`.
 """
@@ -26,5 +27,6 @@ def get_config() -> ConfigDict:
         patch=(1, 2),
         channels=(160, 320, 640, 640),
     )
+    config.vae.buckets.update(clip_tokens=21 * 16 * 16, step_pixels=8 * 21 * 4 * 256 * 256)
     config.dit.model.patch = 1
     return config

@@ -5,13 +5,14 @@
         --workdir=runs/vae
 
 The shape is that of Wan 2.1 (arXiv:2503.20314): widths 96 to 384, time taps 3 everywhere, but norms
-by position and shortcuts around every change of rate. The losses are those of the report's
-successors: gradients at three scales, latent consistency, local correlation and masking (SSVAE),
-scale equivariance (EQ-VAE), discriminators for the second half, then the decoder alone.
+by position and shortcuts around every change of rate. Beside the absolute error the loss has
+gradients at three scales, latent consistency, local correlation and masking (SSVAE), scale
+equivariance (EQ-VAE), and discriminators for the second half; then the decoder is trained alone.
 
-Sizes of training are found from the data at two areas, for images and for clips of two lengths.
-What is not named here is as in `quickstart.py`. Nobody has trained it to its end yet: the weights
-of the terms are a beginning.
+Sizes of training are found from the data at two areas, for images and for clips of two lengths: up
+to 13 latents (49 frames) of 256x256, 3 (9 frames) of 512x512. A step has 8 such clips, one for each
+of 8 devices; for fewer, lower `batch_multiple` and `step_pixels`. What is not named here is as in
+`quickstart.py`. Nobody has trained it to its end yet: the weights of the terms are a beginning.
 """
 
 import pathlib
@@ -60,8 +61,8 @@ def get_config() -> ConfigDict:
         areas=(256 * 256, 512 * 512),
         ratios=5,
         durations=2,
-        clip_tokens=5 * 32 * 32,
-        step_pixels=16 * 17 * 256 * 256,
+        clip_tokens=13 * 32 * 32,
+        step_pixels=8 * 13 * 4 * 256 * 256,
         max_batch=256,
         batch_multiple=8,
     )

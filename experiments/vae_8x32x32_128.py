@@ -5,7 +5,8 @@
         --workdir=runs/vae
 
 The stride of LTX-Video's (arXiv:2501.00103): eight times fewer tokens than 4x16x16. Clips are of
-1 + 8k frames. 4x4 pixels are folded into channels before the first level.
+1 + 8k frames, in training up to 97 of 256x256, 17 of 512x512. 4x4 pixels are folded into channels
+before the first level.
 
 What is not named here is as in `vae_4x8x8_16.py`.
 """
@@ -27,6 +28,7 @@ def get_config() -> ConfigDict:
         channels=(256, 512, 768, 768),
         strides=((2, 2), (2, 2), (2, 2)),
     )
+    config.vae.buckets.update(clip_tokens=13 * 8 * 8, step_pixels=8 * 13 * 8 * 256 * 256)
     config.dit.model.patch = 1
     config.sample.given_frames = 9
     return config

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from vidsim import trees
-from vidsim.data import packing
+from vidsim.data import buckets, packing
 from vidsim.export import models
 from vidsim.parallel import mesh
 from vidsim.parallel.sharding import ShardingRules
@@ -66,6 +66,21 @@ def test_an_autoencoder_compresses_as_its_name_says(name, tmp_path):
     mean, back = jax.eval_shape(there_and_back, state, video)
     assert mean.shape == (1, 1 + 16 // time, 2, 1, channels)
     assert back.shape == video.shape
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_sees_videos_of_every_size_within_the_cost_of_a_step(name, tmp_path):
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    index = [
+        {"split": "train", "width": width, "height": height, "frames": frames}
+        for width, height in ((1920, 1080), (1080, 1920), (640, 480), (320, 240))
+        for frames in (1, 30, 300)
+    ]
+    stride, grid = run.vae.compression, run.stride.token
+    shapes = buckets.shapes_of(index, run.buckets, stride=stride, grid=grid)
+    longest = {shape[1:]: shape[0] for shape in shapes}  # by length they are in order
+    assert len(longest) > 2 and min(longest.values()) > 1
+    assert all(buckets.batch_size(shape, run.buckets) for shape in shapes)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

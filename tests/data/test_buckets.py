@@ -4,7 +4,6 @@ import itertools
 import math
 import pickle
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,35 +63,13 @@ def plan_of(index, *, seed: int = 0, mix: Mix | None = None, config=CONFIG, devi
     )
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "nearest"),
-    [
-        (1920, 1080, (64, 48)),
-        (1080, 1920, (48, 64)),
-        (100, 100, (48, 48)),
-        (110, 100, (48, 48)),
-        (4, 3, (64, 48)),
-    ],
-)
-def test_a_clip_goes_to_the_nearest_aspect_ratio(width, height, nearest):
-    assert buckets.nearest_size(width, height, CONFIG.sizes) == nearest
-    assert buckets.size_for(width, height, CONFIG.sizes) == nearest
-
-
-@pytest.mark.parametrize(
-    ("width", "height", "chosen"),
-    [
-        (640, 360, (640, 360)),
-        (620, 350, (640, 360)),  # a little blown up
-        (500, 281, (320, 176)),
-        (100, 60, (320, 176)),  # nothing is smaller
-        (720, 1280, (360, 640)),
-        (340, 600, (176, 320)),
-    ],
-)
-def test_a_clip_goes_to_the_largest_size_that_does_not_blow_it_up(width, height, chosen):
-    sizes = ((640, 360), (360, 640), (320, 176), (176, 320))
-    assert buckets.size_for(width, height, sizes) == chosen
+def test_shapes_are_those_given_or_those_found():
+    index = [row(number, 48, 48, 9) for number in range(4)]
+    given = buckets.shapes_of(index, CONFIG, stride=STRIDE, grid=GRID)
+    assert sorted(given) == [
+        (n, h, w) for n in (1, 9, 17) for h, w in ((48, 48), (48, 64), (64, 48))
+    ]
+    assert buckets.shapes_of(index, FIND, stride=STRIDE, grid=GRID) == ((9, 48, 48),)
 
 
 def test_a_clip_goes_to_the_longest_bucket_that_it_fills():
@@ -132,14 +109,6 @@ def test_splits_are_kept_apart():
     index = [row(0, 64, 48, 9), row(1, 64, 48, 9, split="validation"), row(2, 64, 48, 9)]
     (bucket,) = plan_of(index).buckets
     assert bucket.records == (0, 2)
-
-
-def test_a_split_without_clips_is_an_error():
-    shapes = ((9, 48, 64), (17, 48, 64))
-    with pytest.raises(InputError, match=r"no train clip among 1 has one of frames=\[9, 17\]"):
-        buckets.assign([row(0, 64, 48, 8)], "train", shapes)
-    with pytest.raises(InputError, match="no validation clip"):
-        buckets.assign([row(0, 64, 48, 9)], "validation", shapes)
 
 
 @quick
@@ -263,127 +232,6 @@ def test_seeds_and_epochs_differ_in_their_order():
     first, second = ([one[s][1] for s in steps] for steps in (range(6), range(6, 12)))
     assert [[r for r, _ in batch] for batch in first] != [[r for r, _ in batch] for batch in second]
     assert first != [other[s][1] for s in range(6)]
-
-
-# Shapes that are found
-
-
-def data(count: int = 400) -> list[dict]:
-    rng = np.random.default_rng(0)
-    found = []
-    for number in range(count):
-        width, height = [(1920, 1080), (1080, 1920), (640, 480), (512, 512)][number % 4]
-        frames = 1 if number % 5 == 0 else int(rng.lognormal(4, 0.6)) + 2
-        found.append(row(number, width, height, frames))
-    return found
-
-
-def test_found_shapes_keep_the_grid_the_area_and_the_budget():
-    config = dataclasses.replace(FIND, areas=(256 * 256,), clip_tokens=20_000, ratios=5)
-    for grid in (8, 16, 32):
-        shapes = buckets.find(data(), config, stride=STRIDE, grid=grid)
-        for frames, height, width in shapes:
-            assert height % grid == 0 and width % grid == 0
-            assert 0.7 <= height * width / 256**2 <= 1.25
-            assert frames % 4 == 1
-            assert (1 + (frames - 1) // 4) * height * width // 64 <= 20_000
-        assert len({(height, width) for _, height, width in shapes}) <= 5
-
-
-def test_found_sizes_crop_as_little_as_any_choice():
-    """Against every choice of sizes on the grid."""
-    config = dataclasses.replace(FIND, areas=(128 * 128,), clip_tokens=10**6)
-    rng = np.random.default_rng(1)
-    index = [
-        row(n, *[(1920, 1080), (1000, 800), (720, 1280), (900, 880)][n % 4], 9) for n in range(40)
-    ]
-    rng.shuffle(index)
-    ratios = [r["width"] / r["height"] for r in index]
-
-    def cropped(sizes) -> float:
-        losses = [min(1 - math.exp(-abs(math.log(q / (w / h)))) for w, h in sizes) for q in ratios]
-        return sum(losses) / len(losses)
-
-    sides = range(16, 272, 16)
-    every = [(w, h) for w in sides for h in sides if 0.9 <= w * h / 128**2 <= 1.1]
-    for most in (1, 2, 3):
-        shapes = buckets.find(
-            index, dataclasses.replace(config, ratios=most), stride=STRIDE, grid=16
-        )
-        sizes = {(w, h) for _, h, w in shapes}
-        best = min(cropped(chosen) for chosen in itertools.combinations(every, most))
-        assert len(sizes) <= most
-        # A size fewer is taken where it saves less than half a percent, and the area counts too.
-        assert cropped(sizes) <= best + 0.01
-
-
-def test_a_coarse_grid_still_has_a_size_for_every_aspect_ratio():
-    index = [row(n, *[(640, 480), (480, 640), (500, 500)][n % 3], 9) for n in range(30)]
-    config = dataclasses.replace(FIND, areas=(64 * 48,), clip_tokens=150)
-    shapes = buckets.find(index, config, stride=STRIDE, grid=16)
-    assert shapes == ((9, 48, 48), (9, 48, 64), (9, 64, 48))
-
-
-def test_found_lengths_leave_out_as_few_frames_as_any_choice():
-    config = dataclasses.replace(FIND, areas=(48 * 48,), clip_tokens=25 * 36, ratios=1, durations=3)
-    index = [row(n, 48, 48, frames) for n, frames in enumerate([7, 12, 13, 30, 31, 60, 70, 300, 1])]
-    shapes = buckets.find(index, config, stride=STRIDE, grid=16)
-    longest = 1 + 4 * 24  # 25 latents of a frame's 36 tokens
-    lengths = sorted({frames for frames, _, _ in shapes})
-    assert lengths[0] == 1 and len(lengths) == 4 and lengths[-1] <= longest
-    videos = [min(r["frames"], longest) for r in index if r["frames"] > 1]
-
-    def left(chosen) -> float:
-        if min(chosen) > min(videos):
-            return math.inf
-        return sum(n - max(c for c in chosen if c <= n) for n in videos) / sum(videos)
-
-    best = min(left(chosen) for chosen in itertools.combinations(range(5, longest + 1, 4), 3))
-    assert left(lengths[1:]) <= best + 0.005
-
-
-@quick
-@given(rows, st.integers(1, 4), st.integers(1, 3))
-def test_no_clip_is_left_out_of_found_shapes(drawn, ratios, durations):
-    config = dataclasses.replace(FIND, ratios=ratios, durations=durations, areas=(1024, 48 * 48))
-    index = index_of(drawn)
-    shapes = buckets.find(index, config, stride=STRIDE, grid=GRID)
-    members = buckets.assign(index, "train", shapes)
-    assert sorted(r for records in members.values() for r in records) == list(range(len(index)))
-    for (frames, height, width), records in members.items():
-        for record in records:
-            assert index[record]["frames"] >= frames
-            scale = buckets.scale_of(
-                index[record]["width"], index[record]["height"], (width, height)
-            )
-            # Only the smallest area that has its frames blows a clip up by more than a little.
-            areas = [h * w for n, h, w in shapes if n <= index[record]["frames"]]
-            assert scale**2 * 1.3 >= 1 or width * height <= 1.5 * min(areas)
-
-
-def test_a_clip_that_the_search_counts_to_another_tier_than_its_sides_is_not_left_out():
-    """800x400 has the area of 512x512 but is lower; in 256x256 there are only long videos."""
-    index = [row(n, 600, 600, 1) for n in range(9)] + [row(9, 800, 400, 1)]
-    index += [row(10, 256, 256, 33)]
-    config = dataclasses.replace(
-        FIND, areas=(256**2, 512**2), ratios=1, durations=1, clip_tokens=10**5
-    )
-    shapes = buckets.find(index, config, stride=STRIDE, grid=16)
-    assert shapes == ((1, 512, 512), (33, 256, 256))
-    members = buckets.assign(index, "train", shapes)
-    assert members == {(1, 512, 512): list(range(10)), (33, 256, 256): [10]}
-
-
-def test_equal_clips_need_one_shape():
-    index = [row(n, 1920, 1080, 33) for n in range(10)]
-    config = dataclasses.replace(FIND, areas=(144 * 256,), ratios=5, durations=4, clip_tokens=10**5)
-    assert buckets.find(index, config, stride=STRIDE, grid=16) == ((33, 144, 256),)
-
-
-def test_a_budget_that_no_frame_fits_is_refused():
-    config = dataclasses.replace(FIND, areas=(256 * 256,), clip_tokens=1000)
-    with pytest.raises(InputError, match="clip_tokens=1000, but one frame of area 65536 has 10"):
-        buckets.find(data(), config, stride=STRIDE, grid=16)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vidsim import config as configs
-from vidsim.data import engine, filters, prepare, video
+from vidsim.data import engine, filters, prepare, units, video
 from vidsim.errors import InputError
 from vidsim.files import write_jsonl
 
@@ -52,7 +52,7 @@ def contents(folder: pathlib.Path) -> dict[str, bytes]:
 
 def test_two_workers_on_ray_write_the_bytes_of_one_process(folder, alone, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray")
-    monkeypatch.setattr(prepare, "_UNIT_FILES", 2)
+    monkeypatch.setattr(units, "_UNIT_FILES", 2)
     prepare.prepare(settings(folder, tmp_path / "out"), on=engine.Engine(workers=2))
     assert contents(tmp_path / "out") == alone
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -63,7 +63,7 @@ def test_a_raylet_killed_at_work_changes_nothing(folder, alone, tmp_path, monkey
     pytest.importorskip("ray")
     from benchmarks.prepare import prepare_with_a_killed_raylet
 
-    monkeypatch.setattr(prepare, "_UNIT_FILES", 1)
+    monkeypatch.setattr(units, "_UNIT_FILES", 1)
     killed = prepare_with_a_killed_raylet(settings(folder, tmp_path / "out"))
     assert 0 < killed["done"] < killed["units"] == 26
     assert contents(tmp_path / "out") == alone
@@ -92,10 +92,13 @@ def test_an_address_where_no_cluster_answers_is_named(folder, tmp_path):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
-    assert not engine.Engine().on_ray
+    engine.HERE.check_installed()
     for settings in ({"workers": 2}, {"ray_address": "auto"}):
-        with pytest.raises(InputError, match=r"pip install 'vidsim\[prepare\]'"):
-            engine.Engine(**settings)
+        with (
+            pytest.raises(InputError, match=r"pip install 'vidsim\[prepare\]'"),
+            engine.started(engine.Engine(**settings)),
+        ):
+            pass
 
 
 @pytest.mark.parametrize("settings", [{"workers": 0}, {"workers": -1, "ray_address": "auto"}])

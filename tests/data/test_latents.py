@@ -1,14 +1,11 @@
 import collections
-import math
 import pickle
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from vidsim.data import latents
+from vidsim.data import latents, windows
 from vidsim.errors import InputError
 
 # B batch, T frames, H height, W width, C channels; t latent frames, h latent rows, w columns
@@ -16,9 +13,8 @@ from vidsim.errors import InputError
 CONFIG = latents.Config(
     area=0, max_frames=9, batch_pixels=60_000, max_shapes=8, piece_megabytes=0.0003
 )
-STRIDE = latents.Stride(frames=4, pixels=8, patch=2)
+STRIDE = windows.Stride(frames=4, pixels=8, patch=2)
 MARK = "0123abcd"
-quick = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def row(number: int, frames: int, width: int = 64, height: int = 48) -> dict:
@@ -41,11 +37,9 @@ class Clips:
 
     def __init__(self, index: list[dict]):
         self.index = index
-        self.sizes = []
 
     def window(self, record, start, frames, height, width) -> np.ndarray:
         assert start + frames <= self.index[record]["frames"]
-        self.sizes.append((height, width))
         number = int(self.index[record]["id"].removeprefix("clip "))
         video_THWC = np.empty((frames, height, width, 3), np.uint8)
         video_THWC[..., 0] = (10 * number + np.arange(start, start + frames))[:, None, None]
@@ -91,12 +85,12 @@ def contents(folder) -> dict[str, bytes]:
 
 def assert_true(cache: latents.Latents, plan: latents.Plan):
     """Every record of the cache is what encoding its window alone gives, to bfloat16."""
-    windows = {(INDEX[w.record]["id"], w.start): w for piece in plan.pieces for w in piece.windows}
-    assert len(cache) == len(windows)
+    planned = {(INDEX[w.record]["id"], w.start): w for piece in plan.pieces for w in piece.windows}
+    assert len(cache) == len(planned)
     for found, facts in zip(cache, cache.index, strict=True):
         name, start = facts["id"].split("@")
-        window = windows[name, int(start)]
-        alone = encode(latents.pixels(Clips(INDEX), window)[None], np.zeros((1, 2)))[0]
+        pixels = windows.pixels(Clips(INDEX), planned[name, int(start)])
+        alone = encode(pixels[None], np.zeros((1, 2)))[0]
         assert list(found.shape) == [*facts["grid"], 3] == list(alone.shape)
         # bfloat16 keeps 8 bits, the first included: half of the last one is 2^-8 of the number.
         np.testing.assert_allclose(found, alone, rtol=2.0**-8)
@@ -131,55 +125,6 @@ def test_clips_smaller_than_a_token_are_counted_and_named(tmp_path):
         plan_of(index=INDEX[5:])
 
 
-def test_a_clip_is_cropped_at_its_centre():
-    clips = Clips(INDEX)
-    window = latents.windows_of(INDEX, CONFIG, STRIDE)[1]
-    video = latents.pixels(clips, window)
-    assert clips.sizes == [(57, 50)], "it is read as large as it is"
-    assert video.shape == (1, 48, 48, 3)
-    assert video[0, 0, 0, 1] == 4 and video[0, 0, 0, 2] == 1
-
-
-@quick
-@given(st.integers(16, 3000), st.integers(16, 3000), st.integers(1024, 10**6))
-def test_resizing_to_an_area_never_enlarges_and_keeps_the_aspect_ratio(height, width, area):
-    config = latents.Config(area, 9, 1, 1, 1.0)
-    for window in latents.windows_of([row(0, 1, width, height)], config, STRIDE):
-        H, W = window.resized
-        assert height >= H and width >= W
-        if height * width <= area:
-            assert (height, width) == (H, W)
-        else:
-            # Each side is rounded to a whole pixel.
-            assert abs(H / height - W / width) <= 0.5 / height + 0.5 / width + 1e-9
-            assert abs(H * W - area) <= 0.5 * (H + W) + 1
-        assert 0 <= H - window.height < 16 and 0 <= W - window.width < 16
-        assert window.height % 16 == 0 and window.width % 16 == 0
-
-
-@quick
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.sampled_from([1, 5, 9, 25]))
-def test_windows_cover_each_clip(frames, max_frames):
-    config = latents.Config(0, max_frames, 1, 1, 1.0)
-    index = [row(n, count) for n, count in enumerate(frames)]
-    windows = latents.windows_of(index, config, STRIDE)
-    for record, count in enumerate(frames):
-        own = [w for w in windows if w.record == record]
-        covered = {t for w in own for t in range(w.start, w.start + w.frames)}
-        assert all(w.frames <= max_frames and w.frames % 4 == 1 for w in own)
-        assert covered <= set(range(count)) and 0 in covered
-        # What a short clip has beyond 1 + 4k frames is no latent; a long one is covered whole.
-        missing = set(range(count)) - covered
-        assert len(missing) < 4 and (not missing or count < max_frames)
-        assert len(own) == 1 or count > max_frames
-        assert sorted(own, key=lambda w: w.start) == own and len(set(own)) == len(own)
-
-
-def test_windows_have_whole_latents_or_the_error_says_so():
-    with pytest.raises(InputError, match=r"max_frames=10 is not 1 \+ 4k; use 9"):
-        latents.windows_of(INDEX, latents.Config(0, 10, 1, 1, 1.0), STRIDE)
-
-
 @pytest.mark.parametrize("field", ["max_frames", "batch_pixels", "max_shapes", "piece_megabytes"])
 def test_settings_that_make_no_cache_are_named(field):
     values = {"area": 0, "max_frames": 9, "batch_pixels": 1, "max_shapes": 1}
@@ -187,47 +132,6 @@ def test_settings_that_make_no_cache_are_named(field):
         latents.Config(**{**values, "piece_megabytes": 1.0, field: 0})
     with pytest.raises(InputError, match=r"latents\.area=-1 is negative"):
         latents.Config(**{**values, "piece_megabytes": 1.0, "area": -1})
-
-
-SHAPES = st.tuples(
-    st.integers(0, 20).map(lambda k: 1 + 4 * k),
-    st.integers(1, 100).map(lambda k: 16 * k),
-    st.integers(1, 100).map(lambda k: 16 * k),
-)
-
-
-@quick
-@given(st.dictionaries(SHAPES, st.integers(1, 100), min_size=1, max_size=60), st.integers(1, 20))
-def test_at_most_so_many_shapes_each_holding_its_clips(counts, most):
-    padded = latents.padded_shapes(counts, most)
-    assert set(padded) == set(counts)
-    assert len(set(padded.values())) <= most
-    for shape, larger in padded.items():
-        assert all(side <= room for side, room in zip(shape, larger, strict=True))
-    if len(counts) <= most:
-        assert padded == {shape: shape for shape in counts}, "there is no need to pad"
-    # Never worse than one shape for all.
-    room = math.prod(max(sides) for sides in zip(*counts, strict=True))
-    assert sum(n * math.prod(padded[s]) for s, n in counts.items()) <= room * sum(counts.values())
-
-
-def test_what_there_is_much_of_keeps_its_shape():
-    counts = {(17, 48, 64): 900, (17, 64, 48): 800, (17, 64, 64): 5, (1, 64, 64): 7, (5, 16, 16): 9}
-    assert latents.padded_shapes(counts, 3) == {
-        (17, 48, 64): (17, 48, 64),
-        (17, 64, 48): (17, 64, 48),
-        **dict.fromkeys([(17, 64, 64), (1, 64, 64), (5, 16, 16)], (17, 64, 64)),
-    }
-
-
-def test_very_many_shapes_are_few_programs():
-    sides = range(64, 2048, 16)
-    counts = {(frames, side, 2112 - side): 1 for frames in range(1, 82, 4) for side in sides}
-    padded = latents.padded_shapes(counts, 40)
-    assert len(counts) > 2500 and len(set(padded.values())) <= 40
-    assert set(padded) == set(counts)
-    own, spent = (sum(map(math.prod, shapes)) for shapes in (padded, padded.values()))
-    assert own > 0.6 * spent
 
 
 @pytest.mark.parametrize("max_shapes", [1, 2, 3])
@@ -303,7 +207,7 @@ def test_fingerprint_tells_weights_and_preprocessing():
         mark(area=4096),
         mark(max_frames=5),
         mark(fps=24.0),
-        mark(stride=latents.Stride(4, 8, 1)),
+        mark(stride=windows.Stride(4, 8, 1)),
     ]
     assert len({base, *others}) == 7
 
@@ -342,9 +246,3 @@ def test_pickling_carries_the_folder_not_the_latents(folder):
     for one, other in zip(cache, again, strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(pickle.dumps(cache)) < 500
-
-
-def test_the_commonest_shapes_keep_their_order():
-    windows = latents.windows_of(INDEX, CONFIG, STRIDE)
-    assert latents.commonest(windows, 2) == [w for w in windows if w.record in (0, 3, 4)]
-    assert latents.commonest(windows, 9) == windows

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vidsim.data import filters, measures, packets, video
+from vidsim.data import filters, fitting, measures, packets, video
 
 
 def cloud(frames: int = 16, height: int = 48, width: int = 64, shift: int = 2) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_darkness_is_the_share_of_black_frames():
 
 def test_the_hash_survives_another_encoding_and_size_and_tells_other_clips_apart():
     clip = cloud(height=96, width=128)
-    small = video.fit(clip, 48, 64)
+    small = fitting.fit(clip, 48, 64)
     other = cloud(height=96, width=128, shift=-3)
     assert bits_apart(of(clip), of(small)) < filters.DEFAULT.duplicate_bits
     assert bits_apart(of(clip), of(other)) > 4 * filters.DEFAULT.duplicate_bits

@@ -231,16 +231,49 @@ def test_facts_of_a_step_are_counted_by_hand():
     assert found.cost_spread == pytest.approx(3 * costs[1] / sum(costs))
 
 
-def test_a_block_that_cannot_be_filled_is_named(monkeypatch):
-    plan = plan_of([(1, 9, 1)], packing.Config((64,), 8, 8))
-    monkeypatch.setattr(packing, "arrange", lambda *args, **how: None)
+@pytest.mark.parametrize(
+    ("small", "parts"), [(1, [1.0, 0.75, 0.5, 0.25, 0.0]), (3, [1.0, 0.75, 0.5])]
+)
+def test_samples_that_do_not_fit_are_arranged_again_with_fewer_short_rows(
+    monkeypatch, small, parts
+):
+    """Of 35 tokens one sample goes into a row of 64, and the small ones are to lie beside them.
+
+    In short rows they are full, but then the long ones are too few.
+    """
+    tried = []
+    arrange = packing.Plan._arrange
+
+    def remember(plan, members, part, rng):
+        found = arrange(plan, members, part, rng)
+        tried.append((part, found is not None))
+        return found
+
+    monkeypatch.setattr(packing.Plan, "_arrange", remember)
+    rows = [(3, 11, 2)] * 20 + [(2, 7, 2)] * 20 * small
+    plan = plan_of(rows, packing.Config((32, 64), 4, 8))
+    steps = walk(plan, 1)
+    assert tried == [*((part, False) for part in parts[:-1]), (parts[-1], True)]
+    assert len(steps) == plan.block_steps
+    assert {step.length for step in steps} == ({32, 64} if parts[-1] else {64})
+    found = [(piece.sample, piece.epoch) for piece in pieces_of(steps)]
+    assert sorted(found) == sorted(plan.mixture[place] for place in range(len(found)))
+    assert walk(pickle.loads(pickle.dumps(plan)), 1) == steps
+
+
+@pytest.mark.parametrize("lengths", [(64,), (16, 64)])
+def test_a_block_that_cannot_be_filled_is_named(lengths):
+    """Six samples of 10 tokens fit a row of 64: they cannot take all tokens of a block."""
+    plan = plan_of([(1, 9, 1)], packing.Config(lengths, 2, 8))
+
+    def plan_with(quota: int) -> packing.Plan:
+        return packing.Plan(plan.samples, plan.mixture, plan.config, width=WIDTH, quota=quota)
+
     with pytest.raises(InputError, match=r"samples of block 0 of packs do not fit its 128 steps"):
-        plan[0]
-    empty = packing.Plan(
-        plan.samples, plan.mixture, plan.config, width=WIDTH, quota=1
-    )  # a block takes next to nothing
+        plan_with(plan.block_steps * plan.config.tokens)[0]
+    nearly_nothing = plan_with(1)
     with pytest.raises(InputError, match=r"the 0 samples of block 1 of packs"):
-        empty[empty.block_steps]
+        nearly_nothing[nearly_nothing.block_steps]
 
 
 def test_rows_at_random_would_not_cost_alike(lognormal):

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from vidsim.data import buckets, latents, packing, pipeline
+from vidsim.data import buckets, latents, packing, pipeline, windows
 from vidsim.data.mixture import Mixture
 from vidsim.data.sources import Mix, groups
 from vidsim.diffusion import conditions
@@ -77,7 +77,7 @@ def cache(tmp_path_factory) -> latents.Latents:
         B, T, H, W, _ = video_BTHWC.shape
         return noise.normal(size=(B, 1 + (T - 1) // 4, H // 8, W // 8, 3))
 
-    stride = latents.Stride(frames=4, pixels=8)
+    stride = windows.Stride(frames=4, pixels=8)
     plan = latents.plan(CLIPS.index, config, stride=stride, channels=3, mark="m")
     latents.encode(folder, plan, CLIPS, encode)
     latents.finish(folder, plan)

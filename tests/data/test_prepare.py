@@ -1,14 +1,11 @@
-import dataclasses
 import json
 import os
 import pathlib
-import re
-import socket
 
 import numpy as np
 import pytest
 
-from vidsim.data import clips, engine, filters, isolated, listing, prepare, records, shots, video
+from vidsim.data import clips, engine, filters, isolated, listing, prepare, records, units, video
 from vidsim.errors import InputError
 from vidsim.files import read_json, read_jsonl, write_jsonl
 
@@ -179,14 +176,6 @@ def test_captions_are_checked_before_any_work(tmp_path):
         assert not out.exists()
 
 
-def test_a_caption_may_hold_every_character(tmp_path):
-    """A row ends at a newline only, although Unicode knows more ends of lines."""
-    text = "one\u2028two\u2029three\x85four"
-    write_jsonl(tmp_path / "captions.jsonl", [{"file": "a.mp4", "caption": text}] * 2)
-    captions = listing.read_captions(tmp_path, ["a.mp4"], ["captions.jsonl"])
-    assert captions.of == {"a.mp4": ((text, "given"),) * 2}
-
-
 def test_rows_of_captions_that_cannot_be_read_go_to_quarantine_and_their_files_stay(tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     for name in "abc":
@@ -279,18 +268,6 @@ def test_when_nothing_decodes_the_reasons_are_told_and_nothing_is_left(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_a_decoder_that_fails_as_nobody_foresaw_is_a_reason(tmp_path, monkeypatch):
-    video.write_video(tmp_path / "a.mp4", frames(), 8)
-
-    def fail(source):
-        raise OverflowError("too\nlarge")
-
-    monkeypatch.setattr(video, "walk", fail)
-    finding, _ = clips.examine(tmp_path, "a.mp4", prepare.Config("", ""))
-    assert finding.reason == "cannot be read: OverflowError: too large"
-    assert finding.kind == "quarantined"
-
-
 def dying(monkeypatch, file: str, times: int) -> isolated.Child:
     """A decoding process that is killed so many times while it reads the file."""
     child = isolated.Child()
@@ -321,42 +298,18 @@ def test_a_file_that_kills_the_decoder_goes_to_quarantine_when_it_does_so_again(
     assert read_jsonl(tmp_path / "out" / "quarantine.jsonl") == bad
 
 
-def test_what_a_machine_lacks_is_no_fault_of_the_files(tmp_path, monkeypatch):
-    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
-    config = prepare.Config(str(tmp_path / "in"), str(tmp_path / "out"))
-    unit = {"number": 0, "files": ["a.mp4"]}
-    elsewhere = dataclasses.replace(config, input=str(tmp_path / "not_mounted"))
-    host = re.escape(socket.gethostname())
-    with pytest.raises(InputError, match=f"not_mounted is not there on {host}"):
-        prepare.examine_unit(tmp_path, elsewhere, unit)
-
-    def lack(*args, **how):
-        raise ModuleNotFoundError("No module named 'cv2'")
-
-    monkeypatch.setattr(shots, "find", lack)
-    monkeypatch.setattr(shots, "check_installed", lambda: None)
-    with pytest.raises(ImportError):
-        clips.examine(tmp_path / "in", "a.mp4", dataclasses.replace(config, shot_cuts=True))
-    child = isolated.Child()
-    monkeypatch.setattr(child, "call", lack)
-    monkeypatch.setattr(isolated, "shared", lambda: child)
-    with pytest.raises(InputError, match=f"No module named 'cv2' on {host}"):
-        prepare.examine_unit(tmp_path, config, unit)
-    assert not list(tmp_path.glob("findings-*"))
-
-
 # Prepares with units of one file; kills itself when so many of them are done.
 KILLED = """
 import os, sys
-from vidsim.data import filters, prepare
-folder, out, units = sys.argv[1:]
-prepare._UNIT_FILES = 1
-examine_unit = prepare.examine_unit
+from vidsim.data import filters, prepare, units
+folder, out, number = sys.argv[1:]
+units._UNIT_FILES = 1
+examine_unit = units.examine_unit
 def examine(work, config, unit):
-    if unit["number"] == int(units):
+    if unit["number"] == int(number):
         os.kill(os.getpid(), 9)
     return examine_unit(work, config, unit)
-prepare.examine_unit = examine
+units.examine_unit = examine
 prepare.prepare(prepare.Config(folder, out, max_seconds=3.0, validation_share=0.3,
                                filters=filters.OFF))
 """
@@ -382,7 +335,7 @@ def test_killed_preparing_goes_on_where_it_stopped(
 
     child.call = remember
     monkeypatch.setattr(isolated, "shared", shared)
-    monkeypatch.setattr(prepare, "_UNIT_FILES", 1)
+    monkeypatch.setattr(units, "_UNIT_FILES", 1)
     run(source, out)
     child.close()
     media, _ = listing.list_files(source)
@@ -407,7 +360,7 @@ def test_findings_that_a_power_cut_emptied_are_made_again(source, prepared, new_
 
 def run_in_units_of_one(source, out) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_UNIT_FILES", 1)
+        patch.setattr(units, "_UNIT_FILES", 1)
         run(source, out)
 
 
@@ -433,13 +386,13 @@ def test_killed_writing_goes_on_where_it_stopped(source, new_process, tmp_path, 
     assert killed.code == -9, killed.stderr
     (work,) = tmp_path.iterdir()
     assert len(list((work / "out").glob("vidsim-*"))) == 2
-    write_unit, written = prepare.write_unit, []
+    write_unit, written = units.write_unit, []
 
     def remember(work, config, unit):
         written.append(unit["name"])
         return write_unit(work, config, unit)
 
-    monkeypatch.setattr(prepare, "write_unit", remember)
+    monkeypatch.setattr(units, "write_unit", remember)
     run(source, tmp_path / "out", records_per_shard=1)
     assert len(written) == 3
     monkeypatch.undo()
@@ -483,7 +436,7 @@ def test_what_goes_wrong_with_the_engine_or_an_input_leaves_what_was_found(
     def fail(*args):
         raise InputError("not there on this machine")
 
-    monkeypatch.setattr(prepare, "write_unit", fail)
+    monkeypatch.setattr(units, "write_unit", fail)
     with pytest.raises(InputError, match="on this machine"):
         run_in_units_of_one(source, tmp_path / "out")
     left = contents_of_files(work)
@@ -537,54 +490,10 @@ def test_filters_that_drop_everything_are_named_and_nothing_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_units_are_even_in_bytes_and_not_too_many(tmp_path, monkeypatch):
-    for i in range(40):
-        (tmp_path / f"{i:02d}").write_bytes(bytes(1000 if i % 4 else 3000))
-    media, _ = listing.list_files(tmp_path)
-    monkeypatch.setattr(prepare, "_UNIT_BYTES", 4000)
-    units = prepare.plan_units(tmp_path, media)
-    assert [file for unit in units for file in unit["files"]] == media
-    assert {len(unit["files"]) for unit in units[:-1]} <= {2, 3, 4}
-    assert [unit["number"] for unit in units] == list(range(len(units)))
-    monkeypatch.setattr(prepare, "_MANY_UNITS", 5)
-    assert len(prepare.plan_units(tmp_path, media)) <= 10
-
-
-def test_split_of_a_file_does_not_depend_on_the_others():
-    sources = [f"{i}.mp4" for i in range(400)]
-    splits = clips.split_sources(sources, 0.25)
-    assert 70 < list(splits.values()).count("validation") < 130
-    fewer = clips.split_sources(sources[::3], 0.25)
-    assert all(splits[source] == split for source, split in fewer.items())
-    assert splits["0.mp4"] == clips.split_sources(sources[::-1], 0.25)["0.mp4"]
-
-
-@pytest.mark.parametrize("share", [0.001, 0.5, 0.999])
-def test_two_files_reach_both_splits(share):
-    splits = clips.split_sources(["a.mp4", "b.mp4"], share)
-    assert sorted(splits.values()) == ["train", "validation"]
-    assert set(clips.split_sources(["a.mp4", "b.mp4"], 0.0).values()) == {"train"}
-
-
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
-def test_there_is_always_something_to_train_on(share):
-    for i in range(50):
-        assert clips.split_sources([f"{i}.mp4"], share) == {f"{i}.mp4": "train"}
-        assert "train" in clips.split_sources([f"{i}.mp4", f"{i}.png"], share).values()
-    assert clips.split_sources([], share) == {}
-
-
 def test_clips_of_a_file_are_in_one_split(prepared):
     rows = records.Shards(prepared).index
     assert len({row["split"] for row in rows if row["source"] == "long.mp4"}) == 1
     assert {row["split"] for row in rows} == {"train", "validation"}
-
-
-def test_folders_that_link_to_each_other_are_walked_once(tmp_path):
-    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
-    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in")
-    media, _ = listing.list_files(tmp_path / "in")
-    assert media == ["a.mp4"]
 
 
 def test_the_command_line_returns_the_totals(tmp_path):

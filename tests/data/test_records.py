@@ -7,9 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from vidsim.data import records, video
+from vidsim.data import fitting, records, video
 from vidsim.errors import InputError
-from vidsim.files import write_json
 
 
 def make_clips(count: int = 7) -> list[records.Clip]:
@@ -35,11 +34,8 @@ def make_clips(count: int = 7) -> list[records.Clip]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("shards")
-    records.write_shards(path, make_clips(), 2)
-    write_json(path / "manifest.json", {})
-    return path
+def folder(tmp_path_factory, write_shards) -> pathlib.Path:
+    return write_shards(tmp_path_factory.mktemp("shards"), make_clips())
 
 
 def test_records_come_back_whole_and_in_the_order_of_the_index(folder):
@@ -145,7 +141,7 @@ def test_reading_a_clip_leaves_out_what_comes_before_its_first_frame(folder):
     assert len(part) == 2
     small = records.read_clip(clip, start=1, count=2, size=(8, 6))
     # Rounded once instead of twice.
-    assert np.abs(small.astype(int) - video.fit(part, 8, 6)).max() <= 1
+    assert np.abs(small.astype(int) - fitting.fit(part, 8, 6)).max() <= 1
 
 
 def test_same_clips_give_the_same_bytes_in_every_process(folder, tmp_path):
@@ -155,8 +151,9 @@ def test_same_clips_give_the_same_bytes_in_every_process(folder, tmp_path):
         return [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
 
     program = (
-        "import sys; sys.path[:0] = sys.argv[1:3]; from test_records import *;"
-        "records.write_shards(sys.argv[3], make_clips(), 2)"
+        "import pathlib, sys; sys.path[:0] = sys.argv[1:3]\n"
+        "from conftest import shards_of; from test_records import make_clips\n"
+        "shards_of(pathlib.Path(sys.argv[3]), make_clips())"
     )
     here = pathlib.Path(__file__).parent
     arguments = [str(here), str(here.parents[1]), str(tmp_path)]

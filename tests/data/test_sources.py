@@ -44,17 +44,15 @@ def clip(name: str, *, frames: int, fps: float, **more) -> records.Clip:
     return records.Clip(**facts | more)
 
 
-def shards(folder, clips) -> records.Shards:
-    folder.mkdir()
-    records.write_shards(folder, clips, 2)
-    (folder / "manifest.json").write_text("{}")
-    return records.Shards(folder)
+@pytest.fixture(scope="module")
+def shards(write_shards):
+    return lambda folder, clips: records.Shards(write_shards(folder, clips))
 
 
 @pytest.fixture(scope="module")
-def films(tmp_path_factory) -> records.Shards:
+def films(tmp_path_factory, shards) -> records.Shards:
     found = [clip(f"film {n}", frames=40, fps=24.0) for n in range(3)]
-    return shards(tmp_path_factory.mktemp("films") / "shards", [*found, image("still")])
+    return shards(tmp_path_factory.mktemp("films"), [*found, image("still")])
 
 
 def image(name: str) -> records.Clip:
@@ -62,9 +60,9 @@ def image(name: str) -> records.Clip:
 
 
 @pytest.fixture(scope="module")
-def games(tmp_path_factory) -> records.Shards:
+def games(tmp_path_factory, shards) -> records.Shards:
     found = [clip(f"film {n}", frames=12, fps=10.0) for n in range(2)]
-    return shards(tmp_path_factory.mktemp("games") / "shards", found)
+    return shards(tmp_path_factory.mktemp("games"), found)
 
 
 def test_joined_shards_are_one_index_that_tells_where_a_clip_is_from(films, games):
@@ -102,10 +100,12 @@ def frames_decoded(monkeypatch) -> list[int]:
     return decoded
 
 
-def test_of_a_film_the_frames_from_the_key_frame_to_the_window_are_decoded(tmp_path, monkeypatch):
+def test_of_a_film_the_frames_from_the_key_frame_to_the_window_are_decoded(
+    tmp_path, shards, monkeypatch
+):
     film = video.encode_video(counting(48)[np.arange(240) % 48], 12)  # a key frame every 24
     record = clip("film", frames=240, fps=12.0, data=film)
-    found = shards(tmp_path / "shards", [record])
+    found = shards(tmp_path, [record])
     one = 240 * 32 * 48 * 3 / 1e6
     decoded = frames_decoded(monkeypatch)
     # Where the clips do not all fit into memory, none is decoded as a whole to be kept there.
@@ -118,11 +118,13 @@ def test_of_a_film_the_frames_from_the_key_frame_to_the_window_are_decoded(tmp_p
     assert len(decoded) <= 129 - 120 + 1
 
 
-def test_a_long_film_is_not_decoded_as_a_whole_though_memory_has_room(tmp_path, monkeypatch):
+def test_a_long_film_is_not_decoded_as_a_whole_though_memory_has_room(
+    tmp_path, shards, monkeypatch
+):
     frames = 1200
     film = video.encode_video(counting(48, 16, 16)[np.arange(frames) % 48], 12)
     record = clip("film", frames=frames, fps=12.0, data=film, width=16, height=16)
-    clips = sources.Clips(shards(tmp_path / "shards", [record]), cache_megabytes=1000)
+    clips = sources.Clips(shards(tmp_path, [record]), cache_megabytes=1000)
     decoded = frames_decoded(monkeypatch)
     clips.window(0, 1101, 5, 16, 16)
     assert len(decoded) < 40
@@ -156,10 +158,12 @@ def test_a_resampled_clip_promises_no_frame_that_it_has_not(frames, fps, target)
 
 
 @pytest.mark.parametrize("megabytes", [0, 100])
-def test_a_clip_that_is_shorter_than_its_rate_says_gives_its_own_frames(tmp_path, megabytes):
+def test_a_clip_that_is_shorter_than_its_rate_says_gives_its_own_frames(
+    tmp_path, shards, megabytes
+):
     """Its index row has the mean rate of a film of which it is a fast part."""
     fast = clip("fast", frames=24, fps=12.0, data=video.encode_video(counting(24), 24))
-    clips = sources.Clips(shards(tmp_path / "shards", [fast]), cache_megabytes=megabytes, fps=6.0)
+    clips = sources.Clips(shards(tmp_path, [fast]), cache_megabytes=megabytes, fps=6.0)
     assert clips.index[0]["frames"] == 12  # six are there
     for start in (0, 3, 7):
         found = numbers(clips.window(0, start, 5, 32, 48))

@@ -6,12 +6,10 @@ import pytest
 import tensorflow_datasets as tfds
 
 from vidsim.data import records, tfds_builder, video
-from vidsim.files import write_json
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("shards")
+def folder(tmp_path_factory, write_shards):
     clips = [
         records.Clip(
             id=f"clip_{number}.mp4#0000",
@@ -28,9 +26,7 @@ def folder(tmp_path_factory):
         )
         for number in range(4)
     ]
-    records.write_shards(path, clips, 2)
-    write_json(path / "manifest.json", {})
-    return path
+    return write_shards(tmp_path_factory.mktemp("shards"), clips)
 
 
 def test_tfds_reads_the_shards_by_name_without_tensorflow(folder):
@@ -40,18 +36,18 @@ def test_tfds_reads_the_shards_by_name_without_tensorflow(folder):
     assert clips[1]["data"] == shards[1].data
     assert clips[1]["captions"]["text"] == [b"clip 1"]
     assert len(tfds.data_source("vidsim", data_dir=str(folder), split="train[1:]")) == 2
-    assert tfds.builder("vidsim", data_dir=str(folder)).info.splits["validation"].num_examples == 1
+    builder = tfds.builder("vidsim", data_dir=str(folder))
+    assert isinstance(builder, tfds_builder.Vidsim)
+    assert builder.info.splits["validation"].num_examples == 1
     assert "tensorflow" not in sys.modules
 
 
-def test_frames_of_a_row_are_those_of_the_clip(folder):
+def test_a_row_holds_all_that_reading_its_frames_takes(folder):
     clips = tfds.data_source("vidsim", data_dir=str(folder), split="train")
     shards = records.Shards(folder)
-    for number in range(3):
-        whole = records.read_clip(shards[number])
-        np.testing.assert_array_equal(tfds_builder.frames(clips[number]), whole)
-    part = tfds_builder.frames(clips[1], start=1, count=2, size=(8, 12))
-    np.testing.assert_array_equal(part, video.fit(records.read_clip(shards[1])[1:3], 8, 12))
+    for number, row in enumerate(clips):
+        found = video.read_frames(row["data"], within=(row["first_frame"], row["frames"]))
+        np.testing.assert_array_equal(found, records.read_clip(shards[number]))
 
 
 def test_the_data_source_goes_to_worker_processes(folder):

@@ -279,18 +279,6 @@ def test_a_source_that_cannot_be_read_is_explained(prepared, tmp_path, query, me
         tfds_source.as_folder(input, tmp_path / "files")
 
 
-def test_features_that_do_not_fit_or_are_too_many_are_listed(tmp_path):
-    both = {name: tfds.features.Image(shape=(None, None, 3)) for name in ("left", "right")}
-    data = write_by_hand(tmp_path / "two", [dict.fromkeys(both, picture(1))], both)
-    with pytest.raises(InputError, match=r"several videos or images \(left, right\).*\?media="):
-        tfds_source.check(f"tfds:{data}")
-    tfds_source.check(f"tfds:{data}?media=right")
-    none = {"text": tfds.features.Text(), "x": tfds.features.Scalar(np.float32)}
-    data = write_by_hand(tmp_path / "none", [{"text": "a", "x": 1.0}], none)
-    with pytest.raises(InputError, match="no feature that is a video or an image among text, x"):
-        tfds_source.check(f"tfds:{data}")
-
-
 def test_configs_are_listed_and_the_newest_version_is_taken(tmp_path):
     for where in ("a/1.0.0", "a/1.10.0", "a/1.9.0", "b/1.0.0"):
         write_by_hand(tmp_path / "films" / where, films(1), FILM)
@@ -307,17 +295,6 @@ def test_a_file_of_records_that_was_cut_off_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(InputError, match=rf"{path.name} ends in record 1; prepare"):
         tfds_source.as_folder(f"tfds:{data}?fps=5", tmp_path / "files")
-
-
-def test_shards_of_this_project_are_no_source(tmp_path):
-    encoded = {
-        "data": tfds.features.Scalar(np.object_),
-        "first_frame": tfds.features.Scalar(np.int64),
-    }
-    example = {"data": b"", "first_frame": 0}
-    data = write_by_hand(tmp_path / "data", [example], encoded, name="vidsim")
-    with pytest.raises(InputError, match="are shards that `vidsim prepare` wrote"):
-        tfds_source.check(f"tfds:{data}")
 
 
 def test_other_inputs_are_left_alone(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vidsim.data import packets, video
+from vidsim.data import fitting, packets, video
 from vidsim.errors import InputError
 
 
@@ -337,16 +337,6 @@ def test_damage_in_the_middle_is_an_error():
         check(bytes(data))
 
 
-def test_fit_is_the_mean_over_areas_and_leaves_fitting_videos_alone():
-    rng = np.random.default_rng(0)
-    video_THWC = rng.integers(0, 256, (2, 24, 36, 3), dtype=np.uint8)
-    assert video.fit(video_THWC, 24, 36) is video_THWC
-    means = video_THWC.reshape(2, 8, 3, 12, 3, 3).mean(axis=(2, 4))
-    assert np.abs(video.fit(video_THWC, 8, 12) - means).max() <= 1  # rounding
-    for height, width in ((1, 1), (5, 3), (48, 64), (7, 100)):
-        assert video.fit(video_THWC, height, width).shape == (2, height, width, 3)
-
-
 @pytest.mark.parametrize("kind", ["video", "rotated", "png", "gif"])
 @pytest.mark.parametrize("size", [(12, 16), (20, 10), (48, 64), (100, 90)])
 def test_reading_at_a_size_is_reading_and_fitting(kind, size):
@@ -359,7 +349,7 @@ def test_reading_at_a_size_is_reading_and_fitting(kind, size):
         data = encode(bars(6), rotation=90 if kind == "rotated" else None)
     parts = [{}] if kind == "png" else [{}, {"start": 2, "count": 3}, {"fps": 15, "within": (1, 4)}]
     for part in parts:
-        expected = video.fit(video.read_frames(data, **part), *size)
+        expected = fitting.fit(video.read_frames(data, **part), *size)
         found = video.read_frames(data, **part, size=size)
         assert found.shape == expected.shape
         if kind in ("png", "gif"):
@@ -385,13 +375,6 @@ def test_reading_at_a_size_does_not_hold_the_whole_video_at_its_own(kind):
         assert tracemalloc.get_traced_memory()[1] < video_THWC.nbytes / 2
     finally:
         tracemalloc.stop()
-
-
-def test_fit_crops_the_centre_as_little_as_possible():
-    video_THWC = np.zeros((1, 20, 40, 3), np.uint8)
-    video_THWC[:, :, 10:30] = 200
-    assert (video.fit(video_THWC, 10, 10) == 200).all()
-    assert (video.fit(video_THWC, 10, 20)[:, :, :5] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -446,36 +429,3 @@ def test_frames_that_an_edit_list_hides_are_not_shown():
     pieces = cut(data, 1.2)
     read = [video.read_frames(p.data, within=(p.first_frame, p.frames)) for p in pieces]
     assert numbers(np.concatenate(read)) == list(range(5, 30))
-
-
-@pytest.mark.parametrize(
-    ("codec", "pixels"),
-    [
-        ("libx264", "yuv420p"),
-        ("libx264", "yuv422p10le"),
-        ("libx264", "yuvj420p"),
-        ("libx264rgb", "rgb24"),
-        ("ffv1", "yuva420p"),
-        ("ffv1", "yuv411p"),
-        ("ffv1", "gray16le"),
-        ("ffv1", "gbrp10le"),
-        ("rawvideo", "nv12"),
-    ],
-)
-def test_reading_at_a_size_cuts_the_same_part_of_every_format(codec, pixels):
-    """Its offset, 35 pixels, lies between two stored colours."""
-    small = np.random.default_rng(0).integers(0, 256, (1, 6, 8, 3), dtype=np.uint8)
-    picture = video.fit(small, 90, 160)[0]
-    with av.open(file := io.BytesIO(), "w", format="matroska") as container:
-        stream = container.add_stream(codec, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 160, 90, pixels
-        for _ in range(2):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pixels)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    found = video.read_frames(file.getvalue(), size=(40, 40)).astype(int)
-    expected = video.fit(video.read_frames(file.getvalue()), 40, 40)
-    # At most a colour's width aside: nowhere another picture.
-    assert np.abs(found - expected).mean() < 8
-    shifted = video.fit(np.roll(video.read_frames(file.getvalue()), 16, axis=2), 40, 40)
-    assert np.abs(found - expected).mean() < np.abs(found - shifted).mean() / 3

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -24,33 +23,10 @@ CONFIG = vae.Config(
 )
 GRAPH, ABSTRACT = nnx.split(nnx.eval_shape(lambda: vae.VAE(CONFIG, nnx.Rngs(0))))
 rng = np.random.default_rng(0)
-VIDEO = rng.uniform(-1, 1, (1, 9, 8, 8, 3)).astype(np.float32)
-# The same products of around 1, summed in another order because the batch has another shape.
-ORDER_OF_SUMS = {"rtol": 1e-4, "atol": 1e-5}
-# Compiling takes longer than running here; this halves it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def encoder(params, video):
     return nnx.merge(GRAPH, params).posterior(video)
-
-
-def decoder(params, z):
-    return nnx.merge(GRAPH, params).reconstruct(z)
-
-
-posterior, reconstruct = jit(encoder), jit(decoder)
-
-
-@pytest.fixture(scope="module")
-def params():
-    """Random everywhere, so that no path is hidden behind a small or zero initialisation."""
-
-    def one(leaf):
-        fan_in = np.prod(leaf.shape[:-1]) if len(leaf.shape) > 1 else 1
-        return rng.normal(size=leaf.shape).astype(np.float32) / fan_in**0.5
-
-    return jax.tree.map(one, nnx.to_pure_dict(ABSTRACT))
 
 
 @pytest.mark.parametrize("time_kernels", [(1, 1), (3, 2)])

@@ -8,10 +8,11 @@ import pytest
 from flax import nnx
 
 from vidsim.errors import InputError
-from vidsim.models import autoencoder, discriminator
+from vidsim.models import autoencoder, discriminator, vae
 from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.training import objectives, optimizer, state, step, vae_losses
+from vidsim.worlds import physics
 
 # B batch, T frames, H height, W width, C channels
 
@@ -42,6 +43,19 @@ PLAIN = dataclasses.replace(
     LOSS, square_weight=0.0, gradient_weight=0.0, kl_weight=0.0, foreground_weight=0.0
 )
 CRITICS = discriminator.Config(channels=(4,), dtype="float32")
+WORLD = physics.Config(clips=16, formats=((32, 32, 5, 8),), seed=3)
+SMALL = vae.Config(
+    latent_channels=8,
+    patch=(4, 8),
+    channels=(32,),
+    encoder_blocks=(0,),
+    decoder_blocks=(0,),
+    strides=(),
+    time_kernels=(1,),
+    space_kernels=(1,),
+    edge_kernel=1,
+    dtype="float32",
+)
 rng = np.random.default_rng(0)
 
 
@@ -504,11 +518,15 @@ OPTIMIZER = optimizer.Config(
 )
 
 
-def trained(config, *, frozen=(), constants=(), features=None, steps=2):
+def toy(rngs):
+    return Autoencoder(0.1, -2.0, 3)
+
+
+def trained(config, *, network=toy, batch=NOISE, frozen=(), constants=(), features=None, steps=2):
     """The states and metrics of some steps of a real step function on one device."""
 
     def make(rngs):
-        return vae_losses.TrainedVAE(Autoencoder(0.1, -2.0, 3), config, CRITICS, rngs)
+        return vae_losses.TrainedVAE(network(rngs), config, CRITICS, rngs)
 
     rules, mesh = ShardingRules(), meshes.make(meshes.Config(), jax.devices()[:1])
     tx = optimizer.make(OPTIMIZER, 10, frozen)
@@ -529,10 +547,31 @@ def trained(config, *, frozen=(), constants=(), features=None, steps=2):
         constants=constants,
     )
     for _ in range(steps):
-        now, found = step_fn(now, NOISE)
+        now, found = step_fn(now, batch)
         states.append(jax.tree.map(np.array, now))
         metrics.append(found)
     return states, metrics
+
+
+def test_latents_of_a_trained_autoencoder_stay_close_when_decoded_and_encoded_again():
+    films = np.stack([physics.render(physics.simulate(WORLD, n)) for n in range(WORLD.clips)])
+    learned, held_out = films[4:], films[:4]
+    config = with_(square_weight=10.0, foreground_weight=10.0, consistency_weight=0.1)
+    (before, *_, after), _ = trained(
+        config, network=SMALL.make, batch={"video_BTHWC": learned}, steps=100
+    )
+    graph = nnx.split(nnx.eval_shape(lambda: SMALL.make(nnx.Rngs(0))))[0]
+    one = autoencoder.Statistics(np.zeros(8, np.float32), np.ones(8, np.float32))
+
+    def moved(params) -> float:
+        """Their mean square move over their variance."""
+        z = autoencoder.encode(graph, params["vae"], one, held_out)
+        again = autoencoder.encode(
+            graph, params["vae"], one, autoencoder.decode(graph, params["vae"], one, z)
+        )
+        return float(jnp.mean(jnp.square(again - z)) / jnp.var(z))
+
+    assert moved(after.params) < 0.1 < moved(before.params)
 
 
 def test_frozen_parameters_stay_to_the_bit_and_have_no_moments():

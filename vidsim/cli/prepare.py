@@ -62,6 +62,7 @@ def main() -> dict:
         filters=filters.Filters(**chosen) if FLAGS.filters else filters.OFF,
     )
     on = engine.Engine(workers=FLAGS.workers, ray_address=FLAGS.ray_address)
+    on.check_installed()
 
     def work() -> dict:
         folder = tfds_source.as_folder(FLAGS.input, f"{FLAGS.out.rstrip('/')}.tfds")

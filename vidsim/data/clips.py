@@ -237,8 +237,7 @@ def make_clips(
                 row = left.pop(piece.number, {})
                 if (piece.first_frame, piece.frames) != (row.get("first_frame"), row.get("frames")):
                     raise changed
-                captions = tuple((text, origin) for text, origin in row["captions"])
-                yield records.Clip(**{**row, "captions": captions}, data=piece.data)
+                yield records.from_row(row, piece.data)
     except (packets.DecodeError, OSError) as error:
         raise changed from error
     if left:

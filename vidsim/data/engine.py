@@ -36,15 +36,18 @@ class Engine:
             raise InputError(
                 f"workers={self.workers} is under 1; give a number of processes, or an address"
             )
+
+    @property
+    def on_ray(self) -> bool:
+        return self.workers != 1 or bool(self.ray_address)
+
+    def check_installed(self) -> None:
+        """Raises InputError when Ray is needed and not there."""
         if self.on_ray and importlib.util.find_spec("ray") is None:
             raise InputError(
                 f"workers={self.workers}, ray_address={self.ray_address!r} need Ray, which is not"
                 " installed: pip install 'vidsim[prepare]', or leave them out"
             )
-
-    @property
-    def on_ray(self) -> bool:
-        return self.workers != 1 or bool(self.ray_address)
 
 
 HERE = Engine()
@@ -58,8 +61,9 @@ def started(engine: Engine) -> Iterator[Callable]:
     is started here ends here, with its files; one that runs already is left running.
 
     Raises:
-        InputError: when the cluster is not there; and what a function raised as InputError.
+        InputError: when Ray or the cluster is not there; and what a function raised as InputError.
     """
+    engine.check_installed()
     if not engine.on_ray:
         yield _here
         return

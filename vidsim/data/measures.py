@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 from PIL import Image
 
-from vidsim.data import isolated, packets, video
+from vidsim.data import fitting, isolated, packets, video
 
 # T frames, H height, W width, C channels.
 
@@ -63,7 +63,7 @@ def measure(
     change, sharp, seen = 0.0, {}, {}
     for number, time, frame in _frames(piece, info):
         isolated.beat()
-        if (*video.upright_size(frame), video.rotation(frame)) != upright:
+        if (*fitting.upright_size(frame), fitting.rotation(frame)) != upright:
             raise packets.DecodeError("loses its rotation when cut; convert it to mp4")
         if not 0 <= number - piece.first_frame < piece.frames:
             continue

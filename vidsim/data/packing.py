@@ -38,7 +38,10 @@ from vidsim.errors import InputError
 
 LEAST_STEPS = 128  # of a block
 LARGEST = 1 / 250  # of a block at most what its largest sample takes
-SHORT_FILLS = (0.985, 0.95, 0.9)  # valid tokens that are tried in rows other than the longest
+# Of the samples that fit rows other than the longest, the parts that are tried there: what lies in
+# them cannot fill up long rows, and a block may need it to. Then valid tokens that are tried there.
+SHORT_PARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
+SHORT_FILLS = (0.985, 0.95, 0.9)
 FULL = 0.985  # of a block at most: what stays empty lets rows cost alike
 TRIALS = 6  # stretches of the mixture that the fill of blocks is measured on
 
@@ -188,8 +191,8 @@ class Plan:
         if least[worst] > self.config.lengths[-1]:
             raise InputError(
                 f"one latent frame of sample {drawn[worst]} and its caption have {least[worst]} "
-                f"tokens, rows have {self.config.lengths[-1]}; raise pack.lengths or encode at a "
-                "smaller area"
+                f"tokens, rows have {self.config.lengths[-1]}; raise dit.pack.lengths or lower "
+                "latents.area"
             )
 
     def _weigh(self) -> np.ndarray:
@@ -268,7 +271,7 @@ class Plan:
     def _make_block(self, block: int) -> list[Step]:
         numbers, epochs = self._draws(block * self._quota, (block + 1) * self._quota)
         members = self.samples.take(numbers)
-        for part in (1.0, 0.75, 0.5, 0.25, 0.0) if len(self.config.lengths) > 1 else (0.0,):
+        for part in SHORT_PARTS if len(self.config.lengths) > 1 else (0.0,):
             rng = np.random.default_rng((self.mixture.seed, block))
             steps = self._arrange(members, part, rng)
             if steps is not None:
@@ -306,6 +309,7 @@ class Plan:
             images = tokens[fits & video].sum() / tokens[left & video].sum()
             fits &= video | (rng.random(len(fits)) < images)
             count = int(part * tokens[fits].sum() / config.tokens)
+            count = min(count, self.block_steps - len(steps))
             order = rng.permutation(np.flatnonzero(fits))
             for fill in SHORT_FILLS if count else ():
                 own = order[np.cumsum(tokens[order]) <= fill * count * config.tokens]

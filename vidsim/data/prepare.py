@@ -1,10 +1,9 @@
-"""Files of any kind to a folder of shards: units of work, the order of the stages, the accounts.
+"""Files of any kind to a folder of shards: the order of the stages, the accounts of every file.
 
-A unit of examining is a few files, a unit of writing is one shard; `data/clips.py` does the work
-and `data/engine.py` says where. Both plans are pure functions of the sorted files, and what needs
-all files at once (near-duplicates, splits, shards) is decided between the two, in their order. So
-the output is the same, byte for byte, whatever ran where, how often, and when. What a unit made
-stays in a folder beside the output, .NAME.work, until all is done: run again, it goes on there.
+Files are examined and shards written in units (`data/units.py`), which run anywhere. What needs all
+files at once (near-duplicates, splits, shards) is decided between the two, in their order. So the
+output is the same, byte for byte, whatever ran where, how often, and when. What a unit made stays
+in a folder beside the output, .NAME.work, until all is done: run again, it goes on there.
 
 Every input file is accounted for in manifest.json: kept, split into clips, filtered (by which
 filter, with value and bound), in quarantine (why), or ignored. funnel.html shows it.
@@ -13,26 +12,18 @@ filter, with value and bound), in quarantine (why), or ignored. funnel.html show
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import os
 import pathlib
 import shutil
-import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from vidsim.data import clips, engine, funnel, isolated, listing, measures, records, video
+from vidsim.data import clips, engine, funnel, listing, records, units
 from vidsim.data import shots as shot_cuts
-from vidsim.data.clips import Config, Fate, Finding
+from vidsim.data.clips import Config, Fate
 from vidsim.errors import InputError
-from vidsim.files import read_json, read_jsonl, write_json, write_jsonl, write_text
+from vidsim.files import read_json, write_json, write_jsonl, write_text
 
-# A unit of examining is at most so many files and bytes, or one larger file: half a second of work
-# or more, so that several workers end together; but of large inputs there are not more units than
-# these, twice over.
-_UNIT_FILES, _UNIT_BYTES, _MANY_UNITS = 64, 10_000_000, 4096
-# A decoder that makes no step forward for so long hangs, on any machine; reading takes its time.
-_PATIENCE_SECONDS, _SLOW_BYTES_A_SECOND = 60.0, 10e6
 _TOTALS = ("clips", "images", "filtered", "quarantined")
 
 
@@ -66,14 +57,14 @@ def prepare(config: Config, *, on: engine.Engine = engine.HERE) -> dict:
 
 
 def _prepare(work: pathlib.Path, config: Config, looked: "_Looked", run: Callable) -> dict:
-    findings = _examine(work, config, looked.media, run)
+    findings = units.examine(work, config, looked.media, run)
     fates = clips.decide(findings, looked.captions.of, config)
     if not any(fate.rows for fate in fates):
         shutil.rmtree(work)  # the same again would end the same
         raise _none_left(config, fates)
     rows = [row for fate in fates for row in fate.rows]
     shards = records.plan_shards([row["split"] for row in rows], config.records_per_shard)
-    _write(work, config, fates, shards, run)
+    units.write(work, config, fates, shards, run)
     _check_unchanged(config, looked)
     totals = _complete(work, config, looked, fates, shards)
     os.replace(work / "out", config.out)
@@ -216,144 +207,6 @@ def _none_left(config: Config, fates: Sequence[Fate]) -> InputError:
     )
 
 
-# Units
-
-
-def plan_units(folder: pathlib.Path, media: Sequence[str]) -> list[dict]:
-    """The files of each unit of examining: a pure function of names and sizes, in their order."""
-    sizes = [_size(folder / file) for file in media]
-    most_files = max(_UNIT_FILES, len(media) // _MANY_UNITS)
-    most_bytes = max(_UNIT_BYTES, sum(sizes) // _MANY_UNITS)
-    units: list[dict] = []
-    files, held = [], 0
-    for file, size in zip(media, sizes, strict=True):
-        if files and (len(files) == most_files or held + size > most_bytes):
-            units.append({"number": len(units), "files": files})
-            files, held = [], 0
-        files.append(file)
-        held += size
-    return [*units, {"number": len(units), "files": files}]
-
-
-def _size(path: pathlib.Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:  # a link to nowhere; examining it gives the reason
-        return 0
-
-
-def _findings_path(work: pathlib.Path, unit: dict) -> pathlib.Path:
-    return work / f"findings-{unit['number']:06d}.jsonl"
-
-
-def _pictures_path(work: pathlib.Path, unit: dict) -> pathlib.Path:
-    return work / f"pictures-{unit['number']:06d}.jsonl"
-
-
-def _examine(work: pathlib.Path, config: Config, media: list[str], run: Callable) -> list[Finding]:
-    units = plan_units(pathlib.Path(config.input), media)
-    found = {unit["number"]: _findings(work, unit) for unit in units}
-    todo = [unit for unit in units if found[unit["number"]] is None]
-    run(functools.partial(examine_unit, work, config), todo, desc="prepare: examine", unit="unit")
-    found |= {unit["number"]: _findings(work, unit) for unit in todo}
-    lost = [number for number, findings in found.items() if findings is None]
-    if lost:
-        raise InputError(
-            f"workers left no findings of {len(lost)} of {len(units)} units in {work}; let it be"
-            " one folder, at the same path, on all machines of the cluster"
-        )
-    return [finding for findings in found.values() for finding in findings]
-
-
-def _findings(work: pathlib.Path, unit: dict) -> list[Finding] | None:
-    """What was found in the files of a unit; None when it is not there.
-
-    A machine that loses power can leave a file of that name that is empty or broken.
-    """
-    try:
-        found = [Finding.from_json(row) for row in read_jsonl(_findings_path(work, unit))]
-    except (FileNotFoundError, ValueError, TypeError, KeyError):
-        return None
-    return found if [finding.file for finding in found] == unit["files"] else None
-
-
-def examine_unit(work: pathlib.Path, config: Config, unit: dict) -> int:
-    """Examines the files of a unit, each in the child process; leaves the findings in `work`.
-
-    Raises:
-        InputError: this machine lacks the input or a library, which is no fault of the files.
-    """
-    folder, findings, pictures = pathlib.Path(config.input), [], []
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} is not there on {socket.gethostname()}; all machines of the cluster need it"
-            " at the same path"
-        )
-    if config.shot_cuts:
-        shot_cuts.check_installed()
-    for file in unit["files"]:
-        finding, strips = _examine_file(folder, file, config)
-        findings.append(finding.to_json())
-        for number, strip in enumerate(strips):
-            uri = measures.data_uri(strip)
-            pictures.append({"id": clips.clip_id(file, number), "picture": uri})
-    write_jsonl(_pictures_path(work, unit), pictures)
-    write_jsonl(_findings_path(work, unit), findings)  # last: with it the unit is done
-    return len(findings)
-
-
-def _examine_file(folder: pathlib.Path, file: str, config: Config) -> tuple[Finding, list[bytes]]:
-    patience = _PATIENCE_SECONDS + _size(folder / file) / _SLOW_BYTES_A_SECOND
-    # Twice, in two processes: one may have been killed for the memory that others took.
-    for _ in range(2):
-        try:
-            return isolated.shared().call(clips.examine, folder, file, config, patience=patience)
-        except isolated.Crashed as error:
-            reason = str(error)
-        except ImportError as error:
-            raise InputError(
-                f"{error} on {socket.gethostname()}; install the same vidsim on all machines"
-            ) from error
-    return Finding(file, "quarantined", reason=reason), []
-
-
-def _write(
-    work: pathlib.Path,
-    config: Config,
-    fates: Sequence[Fate],
-    shards: Sequence[records.Shard],
-    run: Callable,
-) -> None:
-    (work / "out").mkdir(exist_ok=True)
-    made = [(fate.finding, number, row) for fate in fates for number, row in fate.by_number()]
-    todo = []
-    for shard in shards:
-        if records.is_whole(work / "out" / shard.name, len(shard.records)):
-            continue
-        files: dict[str, dict] = {}
-        for finding, number, row in (made[i] for i in shard.records):
-            start = {"info": dataclasses.asdict(finding.info), "shots": finding.shots, "rows": []}
-            files.setdefault(finding.file, start)["rows"].append([number, row])
-        todo.append({"name": shard.name, "files": files})
-    run(functools.partial(write_unit, work, config), todo, desc="prepare: write", unit="shard")
-
-
-def write_unit(work: pathlib.Path, config: Config, unit: dict) -> int:
-    """Writes the shard that the unit names, from its files and the index rows of their clips."""
-
-    def made() -> Iterator[records.Clip]:
-        for file, part in unit["files"].items():
-            path, info = pathlib.Path(config.input) / file, video.VideoInfo(**part["info"])
-            rows = dict(part["rows"])
-            yield from clips.make_clips(path, info, rows, config, shots=part["shots"])
-
-    records.write_shard(work / "out" / unit["name"], made())
-    return sum(len(part["rows"]) for part in unit["files"].values())
-
-
-# Accounts
-
-
 def _complete(
     work: pathlib.Path,
     config: Config,
@@ -402,19 +255,7 @@ def _complete(
         "files": dict(sorted(files.items())),
     }
     write_json(out / "manifest.json", manifest)
-    pictures = _pictures(work, config, looked.media, funnel.shown_clips(fates))
+    pictures = units.pictures_of(work, config, looked.media, funnel.shown_clips(fates))
     quarantine = [*bad, *looked.captions.quarantined]
     write_text(out / "funnel.html", funnel.page(fates, config.filters, quarantine, pictures))
     return totals
-
-
-def _pictures(
-    work: pathlib.Path, config: Config, media: list[str], wanted: Collection[str]
-) -> dict[str, str]:
-    """The pictures of clips by their ids, as data: URIs."""
-    files, found = {id.rpartition("#")[0] for id in wanted}, {}
-    for unit in plan_units(pathlib.Path(config.input), media):
-        if not files.isdisjoint(unit["files"]):
-            rows = read_jsonl(_pictures_path(work, unit))
-            found |= {row["id"]: row["picture"] for row in rows if row["id"] in wanted}
-    return found

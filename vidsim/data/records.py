@@ -99,8 +99,7 @@ class Shards:
                 f"record {i} of {self.path} is not {row['id']!r}, as its index.jsonl says;"
                 " prepare it again"
             )
-        captions = tuple((text, origin) for text, origin in row["captions"])
-        return Clip(**{**row, "captions": captions}, data=feature["data"].bytes_list.value[0])
+        return from_row(row, feature["data"].bytes_list.value[0])
 
     def __getstate__(self) -> pathlib.Path:
         return self.path
@@ -213,37 +212,6 @@ def write_index(folder: str | os.PathLike, shards: Sequence[Shard], rows: Sequen
     write_jsonl(folder / "index.jsonl", [rows[i] for shard in shards for i in shard.records])
 
 
-def write_shards(folder: str | os.PathLike, clips: Iterable[Clip], records_per_shard: int) -> None:
-    """Writes shards, index and metadata of clips from one iterator into an existing folder.
-
-    Holds the clips of one shard of each split at a time. The number of shards is a part of their
-    names, so they are named at the end.
-    """
-    folder = pathlib.Path(folder)
-    rows: list[dict] = []
-    waiting: dict[str, list[Clip]] = {split: [] for split in SPLITS}
-    parts = dict.fromkeys(SPLITS, 0)
-
-    def flush(split: str) -> None:
-        if waiting[split]:
-            write_shard(folder / f"{split}-{parts[split]:05d}", waiting[split])
-            waiting[split].clear()
-            parts[split] += 1
-
-    for clip in clips:
-        rows.append(index_row(clip))
-        waiting[clip.split].append(clip)
-        if len(waiting[clip.split]) == records_per_shard:
-            flush(clip.split)
-    for split in SPLITS:
-        flush(split)
-    shards = plan_shards([row["split"] for row in rows], records_per_shard)
-    for shard in shards:
-        number = int(shard.name.rpartition("-of-")[0].rpartition("-")[2])
-        os.replace(folder / f"{shard.split}-{number:05d}", folder / shard.name)
-    write_index(folder, shards, rows)
-
-
 def _stem(split: str) -> str:
     return f"{_NAME}-{split}.{_SUFFIX}"
 
@@ -288,3 +256,9 @@ def index_row(clip: Clip) -> dict:
     """What index.jsonl says of a clip."""
     names = [field.name for field in dataclasses.fields(Clip) if field.name != "data"]
     return json.loads(json.dumps({name: getattr(clip, name) for name in names}))
+
+
+def from_row(row: dict, data: bytes) -> Clip:
+    """The clip that `index_row` tells of, with its bytes."""
+    captions = tuple((text, origin) for text, origin in row["captions"])
+    return Clip(**{**row, "captions": captions}, data=data)

@@ -13,8 +13,8 @@ Its examples become files and a captions.jsonl in a folder, which `prepare` read
 encoded images and videos with the bytes that they have, pictures of a video as one mp4 (crf 12).
 An example that is damaged becomes a file that `prepare` puts into quarantine with the reason.
 
-Examples are read as the protocol buffers that they are, and features from features.json: TFDS's own
-features for videos need TensorFlow, and so does its reader of the format TFRecord.
+Examples are read as the protocol buffers that they are: TFDS's own features for videos need
+TensorFlow, and so does its reader of the format TFRecord.
 """
 
 import contextlib
@@ -31,13 +31,10 @@ import numpy as np
 from vidsim import files, progress
 from vidsim.data import video
 from vidsim.data.packets import DecodeError
+from vidsim.data.tfds_features import Found, find
 from vidsim.errors import InputError
 
 PREFIX = "tfds:"
-# Features that are bytes for TFDS, but by their names encoded videos or images.
-_ENCODED = ("video", "mp4", "webm", "clip", "movie", "image", "jpg", "jpeg", "png")
-_TEXTS = ("caption", "captions", "description", "text", "prompt", "title")
-_RATES = ("fps", "frame_rate", "framerate")
 # prepare tells changed files by their time, and the same data set is to be the same files.
 _TIME = 946_684_800
 
@@ -52,19 +49,6 @@ class Source:
     media: str = ""
     caption: str = ""
     fps: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Found:
-    """A prepared data set, and which of its features are used, by their keys in an example."""
-
-    folder: pathlib.Path
-    splits: dict[str, list]  # of the files: filename, skip, take
-    media: str
-    kind: str  # "frames": encoded pictures of a video; "encoded": a whole image or video
-    caption: str  # "" for none
-    classes: tuple[str, ...]  # names by number, when the caption is a class
-    rate: str  # the feature that holds frames/s, "" for none
 
 
 def is_tfds(input: str) -> bool:
@@ -106,7 +90,7 @@ def check(input: str) -> None:
     source = parse(input)
     folder = _prepared(source)
     if folder is not None:
-        find(source, folder)
+        _find(source, folder)
 
 
 def as_folder(input: str, folder: str | os.PathLike) -> str:
@@ -120,7 +104,7 @@ def as_folder(input: str, folder: str | os.PathLike) -> str:
     if not is_tfds(input):
         return input
     source, folder = parse(input), pathlib.Path(folder)
-    found = find(source, _prepared(source) or _generate(source))
+    found = _find(source, _prepared(source) or _generate(source))
     facts = json.loads(json.dumps({**dataclasses.asdict(found), "fps": source.fps}, default=str))
     told, captions = folder / "tfds.json", folder / "captions.jsonl"
     if folder.is_dir() and any(folder.iterdir()):
@@ -133,6 +117,10 @@ def as_folder(input: str, folder: str | os.PathLike) -> str:
     files.write_jsonl(captions, [row for row in rows if row["captions"]])
     os.utime(captions, (_TIME, _TIME))  # Last of all: with it the folder is complete.
     return str(folder)
+
+
+def _find(source: Source, folder: pathlib.Path) -> Found:
+    return find(folder, split=source.split, media=source.media, caption=source.caption)
 
 
 def _prepared(source: Source) -> pathlib.Path | None:
@@ -187,143 +175,6 @@ def _generate(source: Source) -> pathlib.Path:
         text = str(error).strip().split("\n")[0]
         raise InputError(f"TFDS has no {source.name}: {text}; mend its name") from error
     return pathlib.Path(builder.data_dir)
-
-
-def find(source: Source, folder: pathlib.Path) -> Found:
-    """Reads which files a data set has and chooses its features.
-
-    Raises:
-      InputError: no such split or feature, or several that would do.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        info = files.read_json(folder / "dataset_info.json")
-        features = _flatten(files.read_json(folder / "features.json"))
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{folder} is no data set of TFDS 4.4 or newer ({error}); prepare it again"
-        ) from error
-    if "first_frame" in features and info["name"] == "vidsim":
-        raise InputError(f"{folder} are shards that `vidsim prepare` wrote; use them as they are")
-    suffix = info.get("fileFormat", "tfrecord")
-    if suffix not in ("array_record", "tfrecord"):
-        raise InputError(f"{folder} is in the format {suffix}; convert it to array_record")
-    splits = tfds.core.SplitDict(
-        tfds.core.SplitInfo(
-            name=split["name"],
-            shard_lengths=[int(length) for length in split.get("shardLengths", [])],
-            num_bytes=int(split.get("numBytes", 0)),
-            filename_template=tfds.core.ShardedFileTemplate(
-                data_dir=folder,
-                dataset_name=info["name"],
-                filetype_suffix=suffix,
-                split=split["name"],
-                template=split.get("filepathTemplate"),
-            ),
-        )
-        for split in info["splits"]
-    )
-    chosen = {}
-    for name in [source.split] if source.split else list(splits):
-        try:
-            parts = splits[name].file_instructions
-        except (KeyError, ValueError, AssertionError) as error:
-            raise InputError(
-                f"{folder} has no split {name!r}; it has {', '.join(splits)}"
-            ) from error
-        chosen[name] = [(str(part.filename), part.skip, part.take) for part in parts]
-    media, kind = _media(source, folder, features)
-    caption = _caption(source, folder, features)
-    classes = ()
-    if caption and features[caption] == "class":
-        names = folder / f"{caption.replace('/', '-')}.labels.txt"
-        text = names.read_text(encoding="utf-8") if names.is_file() else ""
-        classes = tuple(line.strip() for line in text.split("\n") if line.strip())
-    near = [f"{media.rpartition('/')[0]}/{rate}".lstrip("/") for rate in _RATES]
-    rate = next((name for name in [*near, *_RATES] if features.get(name) == "number"), "")
-    return Found(folder, chosen, media, kind, caption, classes, rate)
-
-
-def _flatten(node: dict, name: str = "", listed: bool = False) -> dict[str, str]:
-    """What the features of an example are, by their keys: what is none of ours is left out."""
-    if "featuresDict" in node:
-        found = {}
-        for key, child in node["featuresDict"]["features"].items():
-            found |= _flatten(child, f"{name}/{key}" if name else key, listed)
-        return found
-    if "sequence" in node:
-        return {} if listed else _flatten(node["sequence"]["feature"], name, True)
-    if "video" in node:
-        return {} if listed else {name: "frames"}
-    if "image" in node:
-        if node["image"].get("dtype", "uint8") not in ("uint8", "uint16"):
-            return {}  # Depth, optical flow: numbers in the guise of a png.
-        return {name: "frames" if listed else "image"}
-    if "text" in node:
-        return {name: "text"}
-    if "classLabel" in node:
-        return {name: "class"}
-    if "tensor" in node and not node["tensor"].get("shape", {}).get("dimensions"):
-        dtype = node["tensor"]["dtype"]
-        if dtype in ("string", "object"):
-            return {} if listed else {name: "bytes"}
-        return {} if listed else {name: "number"}
-    if "pythonClassName" not in node:
-        raise KeyError("features.json is of an older version")
-    return {}
-
-
-def _media(source: Source, folder: pathlib.Path, features: dict[str, str]) -> tuple[str, str]:
-    usable = ("frames", "image", "bytes")
-    if source.media:
-        if features.get(source.media) not in usable:
-            raise InputError(
-                f"{folder} has no video or image {source.media!r}; it has the features "
-                f"{', '.join(features)}"
-            )
-        name = source.media
-    else:
-        encoded = [n for n, k in features.items() if k == "bytes" and _last(n) in _ENCODED]
-        candidates = next(
-            (
-                names
-                for names in (
-                    [n for n, k in features.items() if k == "frames"],
-                    encoded,
-                    [n for n, k in features.items() if k == "image"],
-                )
-                if names
-            ),
-            [],
-        )
-        if len(candidates) != 1:
-            what = (
-                f"several videos or images ({', '.join(candidates)})"
-                if candidates
-                else (f"no feature that is a video or an image among {', '.join(features)}")
-            )
-            raise InputError(f"{folder} has {what}; name the one to take with ?media=")
-        name = candidates[0]
-    return name, "frames" if features[name] == "frames" else "encoded"
-
-
-def _caption(source: Source, folder: pathlib.Path, features: dict[str, str]) -> str:
-    usable = {name: kind for name, kind in features.items() if kind in ("text", "class")}
-    if source.caption:
-        if source.caption not in usable:
-            raise InputError(
-                f"{folder} has no text or class {source.caption!r}; it has "
-                f"{', '.join(usable) or 'none'}"
-            )
-        return source.caption
-    texts = [n for key in _TEXTS for n, k in usable.items() if k == "text" and _last(n) == key]
-    classes = [name for name, kind in usable.items() if kind == "class"]
-    return next(iter([*texts, *classes]), "")
-
-
-def _last(name: str) -> str:
-    return name.rpartition("/")[2].lower()
 
 
 def _write(found: Found, split: str, fps: float, folder: pathlib.Path) -> Iterator[dict]:

@@ -1,4 +1,4 @@
-"""Videos and images as arrays: probing, reading by time stamps, writing, resizing.
+"""Videos and images as arrays: probing, reading by time stamps, writing.
 
 In memory a video is uint8 `[T, H, W, 3]` (red, green, blue; upright), an image is a video of one
 frame. Videos are read by PyAV with one thread, images (png, jpg, webp, gif, ...) by Pillow.
@@ -18,19 +18,15 @@ from collections.abc import Iterator
 
 import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from PIL import Image, ImageOps
 
 from vidsim.data import packets
+from vidsim.data.fitting import AREA, Fitter, fit_image, rotation, upright_size
 from vidsim.data.packets import DecodeError, Source
 from vidsim.errors import InputError
 from vidsim.files import atomic_path
 
-# Exact rounding takes ten times as long as this, which is at most 1 of 255 darker.
-_READING = int(Interpolation.BILINEAR)
-# Without these, FFmpeg halves the resolution of colours even between red, green and blue.
-_FULL_COLOUR = Interpolation.FULL_CHR_H_INP | Interpolation.FULL_CHR_H_INT
-_AREA = int(Interpolation.AREA | Interpolation.ACCURATE_RND | _FULL_COLOUR)
 _BT709, _LIMITED_RANGE = 1, 1
 
 
@@ -102,8 +98,8 @@ def read_frames(
     before it. `within`, (first, frames), limits all of this to a part of the stored frames, as
     records of clips need it. Decoding begins at the key frame before the first frame asked for.
     Beyond the end fewer than `count` frames come back, never none. `size`, (height, width), fits
-    the frames as `fit` does, but from the decoder's own colours in one pass, which is faster and
-    no less exact, and holds one frame of the stored size at a time.
+    the frames as `fitting.fit` does, but from the decoder's own colours in one pass, which is
+    faster and no less exact, and holds one frame of the stored size at a time.
 
     Raises:
         DecodeError: with a one-line reason.
@@ -118,7 +114,7 @@ def read_frames(
         track = film.track
         numbers = _frame_numbers(track.times, track.duration, start, count, fps, within)
         found = dict.fromkeys(numbers)
-        fit_frame, sizes = _Fitter(size), set()
+        fit_frame, sizes = Fitter(size), set()
         with film.packets(track.key_before(numbers[0])) as stored:
             for number, frame in packets.numbered(track, packets.decode(film.stream, stored)):
                 if number in found:
@@ -202,7 +198,7 @@ def write_video(path: str | os.PathLike, video_THWC: np.ndarray, fps: float) -> 
                 format="yuv420p",
                 dst_colorspace=Colorspace.ITU709,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=_AREA,
+                interpolation=AREA,
                 threads=1,
             )
             container.mux(stream.encode(frame))
@@ -229,47 +225,6 @@ def write_image(path: str | os.PathLike, image_HWC: np.ndarray) -> None:
         Image.fromarray(image_HWC).save(temporary)
 
 
-def fit(video_THWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Crops the centre to the aspect ratio, as little as possible, and resizes by area.
-
-    A pixel becomes the mean of the part of the source that it covers; where that is less than a
-    source pixel, it is interpolated linearly. A video of that size already is returned as it is.
-    """
-    if (height, width) == video_THWC.shape[1:3]:
-        return video_THWC
-    out_THWC = np.empty((len(video_THWC), height, width, 3), np.uint8)
-    reformatter = VideoReformatter()
-    for image_HWC, out_HWC in zip(video_THWC, out_THWC, strict=True):
-        out_HWC[:] = _fit_image(image_HWC, (height, width), reformatter)
-    return out_THWC
-
-
-def _fit_image(
-    image_HWC: np.ndarray, size: tuple[int, int] | None, reformatter: VideoReformatter
-) -> np.ndarray:
-    H, W, _ = image_HWC.shape
-    if size is None or size == (H, W):
-        return image_HWC
-    height, width = size
-    rows, columns = _kept((H, W), size)
-    top, left = (H - rows) // 2, (W - columns) // 2
-    cropped_HWC = image_HWC[top : top + rows, left : left + columns]
-    frame = reformatter.reformat(
-        av.VideoFrame.from_ndarray(np.ascontiguousarray(cropped_HWC), format="rgb24"),
-        width=width,
-        height=height,
-        interpolation=_AREA,
-        threads=1,
-    )
-    return frame.to_ndarray()
-
-
-def _kept(stored: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """Height and width of the largest part of `stored` that has the aspect ratio of `size`."""
-    scale = min(stored[0] / size[0], stored[1] / size[1])
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
-
-
 def _frame_numbers(times, duration, start, count, fps, within) -> list[int]:
     first, frames = within if within is not None else (0, len(times))
     if first < 0 or frames < 1 or first + frames > len(times):
@@ -283,79 +238,6 @@ def _frame_numbers(times, duration, start, count, fps, within) -> list[int]:
     if fps is not None:
         numbers = np.searchsorted(times, numbers / fps + packets.SAME_TIME, side="right") - 1
     return [first + int(number) for number in numbers]
-
-
-def rotation(frame: av.VideoFrame) -> int:
-    """Degrees counterclockwise that make the frame upright."""
-    return round(frame.rotation / 90) * 90
-
-
-def upright_size(frame: av.VideoFrame) -> tuple[int, int]:
-    """Width and height after rotation."""
-    sides = frame.width, frame.height
-    return sides[::-1] if rotation(frame) % 180 else sides
-
-
-def _upright(frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
-    rgb = reformatter.reformat(frame, format="rgb24", interpolation=_READING, threads=1)
-    return np.rot90(rgb.to_ndarray(), k=rotation(frame) // 90)
-
-
-class _Fitter:
-    """`_fit_image(_upright(frame), size)` for the frames of a video.
-
-    It crops what the decoder gives, without a copy, and resizes while it converts the colours.
-    """
-
-    def __init__(self, size: tuple[int, int] | None):
-        self.size = size
-        self.reformatter = VideoReformatter()
-        self._crops: dict[tuple, av.filter.Graph] = {}
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        turns = rotation(frame) // 90
-        H, W = (frame.width, frame.height) if turns % 2 else (frame.height, frame.width)
-        if self.size is None or self.size == (H, W):
-            return _upright(frame, self.reformatter)
-        rows, columns = _kept((H, W), self.size)
-        if turns % 2:
-            rows, columns, width, height = columns, rows, *self.size
-        else:
-            height, width = self.size
-        rgb = self.reformatter.reformat(
-            self._crop(frame, rows, columns),
-            width=width,
-            height=height,
-            format="rgb24",
-            interpolation=_AREA,
-            threads=1,
-        )
-        return np.rot90(rgb.to_ndarray(), k=turns)
-
-    def _crop(self, frame: av.VideoFrame, rows: int, columns: int) -> av.VideoFrame:
-        if (rows, columns) == (frame.height, frame.width):
-            return frame
-        key = (frame.width, frame.height, frame.format.name, rows, columns)
-        if key not in self._crops:
-            graph = av.filter.Graph()
-            source = graph.add_buffer(
-                width=frame.width,
-                height=frame.height,
-                format=frame.format,
-                time_base=fractions.Fraction(1, 1000),
-            )
-            left, top = (frame.width - columns) // 2, (frame.height - rows) // 2
-            # Colours are stored for squares of pixels; between two of them nothing can be cut.
-            left -= left % (16 // frame.format.chroma_width(16))
-            top -= top % (16 // frame.format.chroma_height(16))
-            crop = graph.add("crop", f"{columns}:{rows}:{left}:{top}:exact=1")
-            sink = graph.add("buffersink")
-            source.link_to(crop)
-            crop.link_to(sink)
-            graph.configure()
-            self._crops[key] = graph
-        self._crops[key].push(frame)
-        return self._crops[key].pull()
 
 
 # Images
@@ -399,7 +281,7 @@ def _read_image(
         for number in range(count):
             image.seek(number)
             image_HWC = _rgb(ImageOps.exif_transpose(image))
-            frames.append(_fit_image(image_HWC, size, reformatter))
+            frames.append(fit_image(image_HWC, size, reformatter))
             # Browsers show a frame without a duration for 100 ms.
             ends.append(ends[-1] + (image.info.get("duration") or 100) / 1000)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

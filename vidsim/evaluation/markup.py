@@ -64,7 +64,7 @@ def heading(words: str, about: list) -> str:
 def clip(path: pathlib.Path, label: str, size: int, *, given: int = 0, css: str = "") -> str:
     """One video or image, enlarged by a whole factor to at most about `size` pixels."""
     if not path.is_file():
-        return f'<figure><p class="missing">{text(path.name)} is not written</p></figure>'
+        return f"<figure>{missing(f'{path.name} is not written')}</figure>"
     try:
         if path.suffix == ".png":
             with Image.open(path) as image:
@@ -73,7 +73,7 @@ def clip(path: pathlib.Path, label: str, size: int, *, given: int = 0, css: str 
             info = video.probe(path)
             width, height, frames = info.width, info.height, info.frames
     except (video.DecodeError, OSError) as error:
-        return f'<figure><p class="missing">{text(path.name)}: {text(error)}</p></figure>'
+        return f"<figure>{missing(f'{path.name}: {error}')}</figure>"
     scale = size // max(width, height) or size / max(width, height)
     box = f"width:{width * scale:.0f}px;aspect-ratio:{width}/{height}"
     data = f"data:{MEDIA[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -62,20 +62,22 @@ def native(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax
 def taps(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:
     """The sum of 2-D convolutions, one a time tap, each begun when the one before has ended.
 
-    Otherwise the compiler keeps copies of the frames under several taps, or layers, at a time.
+    Otherwise the compiler keeps copies of the frames under several taps, or layers, at a time; and,
+    in a loop over frames, of all kernels.
     """
     total = 0.0
-    for tap, kernel_HWCD in enumerate(kernel_THWCD):
-        frames = _under_taps(x_BTHWC, kernel_THWCD.shape[0], time_stride)[tap]
-        total = total + _conv2d(frames, kernel_HWCD)
-        total, x_BTHWC = jax.lax.optimization_barrier((total, x_BTHWC))
+    for tap in range(len(kernel_THWCD)):
+        total, x_BTHWC, kernel_THWCD = jax.lax.optimization_barrier((total, x_BTHWC, kernel_THWCD))
+        frames = _under_tap(x_BTHWC, tap, len(kernel_THWCD), time_stride)
+        total = total + _conv2d(frames, kernel_THWCD[tap])
     return total
 
 
 def channels(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:
     """One 2-D convolution of what is under the time taps, concatenated into the channels."""
     K, height, width, C, D = kernel_THWCD.shape
-    frames = jnp.concatenate(_under_taps(x_BTHWC, K, time_stride), axis=-1)
+    under = [_under_tap(x_BTHWC, tap, K, time_stride) for tap in range(K)]
+    frames = jnp.concatenate(under, axis=-1)
     kernel_HWCD = kernel_THWCD.transpose(1, 2, 0, 3, 4).reshape(height, width, K * C, D)
     return _conv2d(frames, kernel_HWCD)
 
@@ -87,8 +89,8 @@ def im2col(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax
     sides = [((size - 1) // 2, size // 2) for size in (height, width)]
     padded = jnp.pad(x_BTHWC, [(0, 0), (0, 0), *sides, (0, 0)])
     rows = [
-        frames[:, :, y : y + H, x : x + W]
-        for frames in _under_taps(padded, K, time_stride)
+        _under_tap(padded, tap, K, time_stride)[:, :, y : y + H, x : x + W]
+        for tap in range(K)
         for y in range(height)
         for x in range(width)
     ]
@@ -98,10 +100,9 @@ def im2col(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax
 WAYS = {"native": native, "taps": taps, "channels": channels, "im2col": im2col}
 
 
-def _under_taps(x_BTHWC: jax.Array, count: int, time_stride: int) -> list[jax.Array]:
-    """The frames that each time tap meets."""
-    last = x_BTHWC.shape[1] - count
-    return [x_BTHWC[:, tap : tap + last + 1 : time_stride] for tap in range(count)]
+def _under_tap(x_BTHWC: jax.Array, tap: int, taps: int, time_stride: int) -> jax.Array:
+    """The frames that one of so many time taps meets."""
+    return x_BTHWC[:, tap : tap + x_BTHWC.shape[1] - taps + 1 : time_stride]
 
 
 def _conv2d(x_BTHWC: jax.Array, kernel_HWCD: jax.Array) -> jax.Array:
@@ -132,7 +133,7 @@ class CausalConv3d(nnx.Module):
         scale: float = 1.0,
         repeat: bool = True,
     ):
-        init = nnx.initializers.variance_scaling(max(scale, 1e-10), "fan_in", "truncated_normal")
+        init = nnx.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
         shape = (*kernel, in_channels, out_channels)
         axes = (None, None, None, "conv_in", "channels")
         self.kernel = parameter(init, shape, axes=axes, rngs=rngs)

@@ -5,7 +5,7 @@ a one-frame video. Inside, the first frame is repeated in front until the clip i
 time strides: from there every change of rate merges or splits whole groups, every convolution is
 causal, and latent k sees frames up to the last of its own group and nothing later.
 
-    z ~ N(mean, exp(log_variance)) = encoder(video)        (Eq. 3 of arXiv:1312.6114)
+    z ~ N(mean, exp(log_variance)) = encoder(video)        (Eq. 9 of arXiv:1312.6114)
 The head is gated, base + sigmoid(gate) * value: a pixel can switch between two colours, which draws
 sharp edges where a linear map of few channels draws soft ones.
 
@@ -184,6 +184,7 @@ class VAE(Autoencoder):
             cache.inside = inside(sizes_B2 // self.config.patch[1], *x.shape[2:4])
         x = _run(self.encoder, x, cache).astype(jnp.float32)
         mean, log_variance = jnp.split(x, 2, axis=-1)
+        # Around e^-2 a new posterior's noise does not drown the first things to be learned.
         return (mean, jnp.clip(log_variance - 4.0, -20.0, 4.0)), cache.after
 
     def reconstruct_chunk(self, z_BTHWC, before: list | None):

@@ -14,7 +14,7 @@ import numpy as np
 
 from vidsim import files
 from vidsim.data import video
-from vidsim.data.buckets import nearest_size
+from vidsim.data.shapes import nearest_size
 from vidsim.errors import InputError
 from vidsim.sampling.generate import Models, Request, generate
 

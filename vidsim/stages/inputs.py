@@ -3,6 +3,8 @@
 import jax
 
 from vidsim.data import latents, prepare, tfds_source
+from vidsim.data.windows import windows_of
+from vidsim.errors import InputError
 from vidsim.parallel import multihost
 from vidsim.sampling import generate
 from vidsim.stages import curriculum
@@ -23,7 +25,7 @@ def prepare_shards(run: Run) -> dict:
         counts = {}
         for source in run.sources:
             tfds_source.as_folder(source.input, run.path("tfds", source.name))
-            done = prepare.prepare(run.shards_config(source))
+            done = prepare.prepare(run.shards_config(source), on=run.engine)
             counts[source.name] = {name: n for name, n in done.items() if name != "out"}
         return counts if run.data.sources else counts[""]
 
@@ -40,6 +42,29 @@ def train_tokenizer(run: Run) -> dict:
         return {"vocabulary": found.vocabulary, "texts": len(texts)}
 
     return multihost.run_once(train, "tokenizer")
+
+
+def check_rows(run: Run) -> None:
+    """Finds before anything is trained what would stop the transformer after hours.
+
+    Raises:
+        InputError: one latent frame of a clip does not fit a row.
+    """
+    for number, phase in enumerate(run.phases, 1):
+        own = number == len(run.phases)
+        area, rows = ("latents", "dit.pack") if own else (f"dit.earlier[{number - 1}]",) * 2
+        longest = phase.pack.lengths[-1]
+        windows = windows_of(run.clips.index, run.stride, area=phase.latents.area, max_frames=1)
+        largest = max(windows, key=lambda window: window.height * window.width, default=None)
+        if largest is None:
+            return  # encoding says so
+        tokens = largest.height * largest.width // run.stride.token**2 + 1
+        if tokens > longest:
+            raise InputError(
+                f"one latent frame of {run.clips.index[largest.record]['id']} at {largest.width}x"
+                f"{largest.height} and its caption need {tokens} tokens or more, and rows have "
+                f"{longest}; lower {area}.area={phase.latents.area}, or raise {rows}.lengths"
+            )
 
 
 def encode_latents(run: Run) -> dict:

@@ -12,8 +12,21 @@ import numpy as np
 
 from vidsim import config as configs
 from vidsim import files
-from vidsim.data import buckets, filters, latents, packing, pipeline, prepare, sources, tfds_source
+from vidsim.data import (
+    buckets,
+    engine,
+    filters,
+    latents,
+    packing,
+    pipeline,
+    prepare,
+    shots,
+    sources,
+    tfds_source,
+)
 from vidsim.data.records import Shards
+from vidsim.data.shapes import Shape
+from vidsim.data.windows import Stride, Window, windows_of
 from vidsim.diffusion import conditions, time_sampling
 from vidsim.errors import InputError
 from vidsim.export import models as exported
@@ -21,7 +34,7 @@ from vidsim.models import discriminator, dit, vae
 from vidsim.models.autoencoder import Grid, Statistics
 from vidsim.parallel import mesh as meshes
 from vidsim.sampling import generate, modes
-from vidsim.stages import curriculum
+from vidsim.stages import curriculum, sections
 from vidsim.text import encoder, tokenizer
 from vidsim.training import checkpoint, loop, objectives, optimizer, state, vae_losses
 from vidsim.worlds import physics as world
@@ -58,21 +71,22 @@ class Run:
         self.config = config
         self.workdir = pathlib.Path(workdir)
         build = configs.build
-        build(Experiment, config, where="config")
-        finish = build(VAESection, config["vae"], where="vae").finish
+        build(sections.Experiment, config, where="config")
+        finish = build(sections.VAE, config["vae"], where="vae").finish
         if finish is not None:
-            build(Finish, finish, where="vae.finish")
-        self.text_dropout = build(DiTSection, config["dit"], where="dit").text_dropout
+            build(sections.Finish, finish, where="vae.finish")
+        self.text_dropout = build(sections.DiT, config["dit"], where="dit").text_dropout
         self.seed = config["seed"]
         self.world = build(world.Config, config["world"], where="world")
-        self.data = build(Data, config["data"], where="data")
+        self.data = build(sections.Data, config["data"], where="data")
         self.filters = build(filters.Filters, config["data"]["filters"], where="data.filters")
+        self.engine = build(engine.Engine, config["data"]["engine"], where="data.engine")
         self.sources = self._sources()
         self.pipeline = build(pipeline.Config, config["pipeline"], where="pipeline")
         self.mesh_config = build(meshes.Config, config["mesh"], where="mesh")
         self.sample = build(modes.Config, config["sample"], where="sample")
-        self.evaluation = build(Evaluation, config["evaluation"], where="evaluation")
-        self.report = build(Report, config["report"], where="report")
+        self.evaluation = build(sections.Evaluation, config["evaluation"], where="evaluation")
+        self.report = build(sections.Report, config["report"], where="report")
         self.latents = build(latents.Config, config["latents"], where="latents")
         own = build(vae.Config, config["vae"]["model"], where="vae.model")
         self.published = self._published(config["vae"], own.dtype, published)
@@ -206,7 +220,7 @@ class Run:
         return sources.Mix(weights, self.data.image_share)
 
     @functools.cached_property
-    def bucket_shapes(self) -> tuple[buckets.Shape, ...]:
+    def bucket_shapes(self) -> tuple[Shape, ...]:
         """The static shapes of pixel batches, given or found."""
         stride = self.vae.compression
         grid = stride[1] * self.dit.patch
@@ -220,13 +234,14 @@ class Run:
             out=str(self.path("shards", source.name)),
             validation_share=self.data.validation_share,
             max_seconds=self.data.max_seconds,
+            shot_cuts=self.data.shot_cuts,
             filters=self.filters,
         )
 
     @property
-    def stride(self) -> latents.Stride:
+    def stride(self) -> Stride:
         """What one latent and one token of the models cover."""
-        return latents.Stride(*self.vae.compression, patch=self.dit.patch)
+        return Stride(*self.vae.compression, patch=self.dit.patch)
 
     def batch_devices(self) -> int:
         """How many parts a batch is split into."""
@@ -246,9 +261,7 @@ class Run:
                     f"{self.workdir} was started with another config ({different}); "
                     "use a new --workdir, or the old value"
                 )
-            if configs.difference(
-                before["data"] | {"on_change": self.data.on_change}, self.config["data"]
-            ):
+            if configs.difference(_made_of(before), _made_of(self.config)):
                 self._check_sources()
                 self._redo()
             if configs.difference(before, self.config):
@@ -258,7 +271,10 @@ class Run:
             files.write_json(path, self.config)
 
     def _check_sources(self) -> None:
-        """Wrong input must not claim the folder."""
+        """Neither wrong input nor a library that preparing lacks must claim the folder."""
+        self.engine.check_installed()
+        if self.data.shot_cuts:
+            shots.check_installed()
         for source in () if self.rendered else self.sources:
             if tfds_source.is_tfds(source.input):
                 tfds_source.check(source.input)
@@ -267,10 +283,8 @@ class Run:
 
     def _bound(self, config) -> dict:
         """What of a config a work folder is bound to: data may change where they are allowed to."""
-        if self.data.on_change == "restart_epoch":
-            return {name: section for name, section in config.items() if name != "data"}
-        data = {name: value for name, value in config["data"].items() if name != "on_change"}
-        return {**config, "data": data}
+        free = self.data.on_change == "restart_epoch"
+        return {**config, "data": {} if free else _made_of(config)}
 
     def _redo(self) -> None:
         """Marks what is made of the data as not complete, so that the stages look again."""
@@ -307,8 +321,20 @@ class Run:
         rows = files.read_jsonl(path) if self.rendered and path.exists() else []
         return {row["file"]: row for row in rows}
 
+    def windows(self) -> list[Window]:
+        """What of the clips becomes latents."""
+        config = self.latents
+        return windows_of(
+            self.clips.index, self.stride, area=config.area, max_frames=config.max_frames
+        )
+
     def words(self) -> tokenizer.Tokenizer:
         return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.text.max_tokens)
+
+
+def _made_of(config: Mapping) -> dict:
+    """What of the section `data` says what data there are, not where or when they are made."""
+    return {k: v for k, v in config["data"].items() if k not in ("engine", "on_change")}
 
 
 def open_folder(workdir: str, **readers) -> Run:
@@ -321,97 +347,6 @@ def open_folder(workdir: str, **readers) -> Run:
     if not path.is_file():
         raise InputError(f"{workdir} holds no run; give the --workdir of `vidsim run`")
     return Run(files.read_json(path), workdir, **readers)
-
-
-@dataclasses.dataclass(frozen=True)
-class Experiment:
-    """The sections of an experiment file."""
-
-    name: str
-    seed: int
-    mesh: Mapping
-    topology: str  # the TPU slice that `compile` compiles for, such as v5p:4x4x8; "": none
-    world: Mapping
-    data: Mapping
-    pipeline: Mapping
-    vae: Mapping
-    latents: Mapping
-    dit: Mapping
-    sample: Mapping
-    evaluation: Mapping
-    report: Mapping
-
-
-@dataclasses.dataclass(frozen=True)
-class VAESection:
-    model: Mapping
-    weights: str  # a folder of published weights, used instead of training; "": train `model`
-    discriminator: Mapping
-    loss: Mapping
-    buckets: Mapping
-    optimizer: Mapping
-    loop: Mapping
-    finish: Mapping | None = None  # without it there is no such stage
-
-
-@dataclasses.dataclass(frozen=True)
-class Finish:
-    """What is other than in `vae` when the decoder alone is trained on."""
-
-    loss: Mapping
-    optimizer: Mapping
-    loop: Mapping
-
-
-@dataclasses.dataclass(frozen=True)
-class DiTSection:
-    model: Mapping
-    text: Mapping
-    loss: Mapping
-    times: Mapping
-    conditions: Mapping
-    text_dropout: float
-    pack: Mapping
-    earlier: tuple[Mapping, ...]  # phases before the one of these values, see curriculum.py
-    optimizer: Mapping
-    loop: Mapping
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    input: str  # a folder; "" for the world, or where there are sources
-    sources: tuple[Mapping, ...]  # of several: {"name", "input", "weight"} each
-    image_share: float  # of the draws, that are images; 0: as many as there are
-    fps: float  # frames/s that faster videos are resampled to; 0: none are
-    caption_weights: Mapping[str, float]  # by origin; {}: every caption is as likely
-    validation_share: float
-    max_seconds: float
-    filters: Mapping
-    cache_megabytes: float
-    on_change: str  # "error" | "restart_epoch": when a checkpoint was trained on other data
-
-    def __post_init__(self):
-        if self.on_change not in checkpoint.ON_CHANGE:
-            raise InputError(
-                f"data.on_change={self.on_change!r} is none of {', '.join(checkpoint.ON_CHANGE)}"
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    batches: int
-    times: tuple[float, ...]
-    vae_clips: int
-    physics_clips: int
-    physics_frames: int
-    guidance_scale: float
-    batch: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    prompts: tuple[str, ...]
-    seed: int
 
 
 def vae_only(run: Run, params, statistics=None) -> generate.Models:

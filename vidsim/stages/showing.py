@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 
 from vidsim import files
-from vidsim.data import buckets, latents, video
+from vidsim.data import video
+from vidsim.data.shapes import nearest_size
+from vidsim.data.windows import commonest
 from vidsim.evaluation import evaluator, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
@@ -16,10 +18,9 @@ _SHOWN = 4  # clips beside their reconstructions
 
 def vae_plan(run: Run, limit: int) -> list[tuple[int, int, int, int]]:
     """(record, frames, height, width) of held-out clips, whole latents, at encoded sizes."""
-    windows = latents.windows_of(run.clips.index, run.latents, run.stride)
-    first = {window.record: window for window in reversed(windows)}
+    first = {window.record: window for window in reversed(run.windows())}
     held_out = [first[n] for n in evaluator.held_out(run.clips.index) if n in first]
-    return [(w.record, *w.shape) for w in latents.commonest(held_out)[:limit]]
+    return [(w.record, *w.shape) for w in commonest(held_out)[:limit]]
 
 
 def _template(run: Run, **changes) -> dict:
@@ -112,7 +113,7 @@ def _sample_modes(run: Run, models: generate.Models) -> dict:
         if not records:
             continue
         row = run.clips.index[records[0]]
-        width, height = buckets.nearest_size(row["width"], row["height"], run.sample.sizes)
+        width, height = nearest_size(row["width"], row["height"], run.sample.sizes)
         given = run.clips.window(records[0], 0, count, height, width)
         fps = row["fps"] if row["frames"] > 1 else frame_rate(run)
         path = inputs / (f"{mode}.png" if count == 1 else f"{mode}.mp4")

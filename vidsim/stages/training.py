@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from vidsim import files, trees
-from vidsim.data import buckets, index, latents, mixture, packing, pipeline, sources
+from vidsim.data import buckets, index, latents, mixture, packing, pipeline, sources, windows
 from vidsim.data.rows import Samples
 from vidsim.diffusion import conditions
 from vidsim.errors import InputError
@@ -416,12 +416,12 @@ def finish_decoder(run: Run) -> dict:
 
 def _measure_statistics(run: Run, models: generate.Models) -> None:
     """Mean and deviation of each channel over training clips, written beside the checkpoints."""
-    windows = latents.windows_of(run.clips.index, run.latents, run.stride)
-    train = [w for w in windows if not w.start and run.clips.index[w.record]["split"] == "train"]
-    chosen = latents.commonest(train)
+    rows = run.clips.index
+    train = [w for w in run.windows() if not w.start and rows[w.record]["split"] == "train"]
+    chosen = windows.commonest(train)
     total, square, count = 0.0, 0.0, 0
     for window in chosen[:: max(1, len(chosen) // 64)]:
-        z = generate.encode(models, latents.pixels(run.clips, window)[None])
+        z = generate.encode(models, windows.pixels(run.clips, window)[None])
         z = z.astype(np.float64).reshape(-1, z.shape[-1])
         total, square = total + z.sum(0), square + np.square(z).sum(0)
         count += len(z)

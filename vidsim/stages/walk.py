@@ -122,7 +122,11 @@ def _now_and_then(note: Callable[[], None]) -> Iterator[None]:
 
 def run_all(run: Run) -> dict:
     """All stages; the summary that `vidsim run` prints."""
-    results = {name: do(run, name) for name in STAGES}
+    results = {}
+    for name in STAGES:
+        if name == "vae":
+            inputs.check_rows(run)
+        results[name] = do(run, name)
     noted = files.read_json(run.path("stages.json"))
     quality, measured = results["evaluate"]["vae"], results["evaluate"]["physics"]
     keys = ("velocity_error", "floor", "frozen", "wrong_prompt")

@@ -1,0 +1,103 @@
+"""The sections of an experiment file, as far as they are not the config of one module.
+
+A `Mapping` here is a section of its own: `stages/run.py` builds the config of its module from it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from vidsim.errors import InputError
+from vidsim.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """The sections of an experiment file."""
+
+    name: str
+    seed: int
+    mesh: Mapping
+    topology: str  # the TPU slice that `compile` compiles for, such as v5p:4x4x8; "": none
+    world: Mapping
+    data: Mapping
+    pipeline: Mapping
+    vae: Mapping
+    latents: Mapping
+    dit: Mapping
+    sample: Mapping
+    evaluation: Mapping
+    report: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class VAE:
+    model: Mapping
+    weights: str  # a folder of published weights, used instead of training; "": train `model`
+    discriminator: Mapping
+    loss: Mapping
+    buckets: Mapping
+    optimizer: Mapping
+    loop: Mapping
+    finish: Mapping | None = None  # without it there is no such stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Finish:
+    """What is other than in `vae` when the decoder alone is trained on."""
+
+    loss: Mapping
+    optimizer: Mapping
+    loop: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class DiT:
+    model: Mapping
+    text: Mapping
+    loss: Mapping
+    times: Mapping
+    conditions: Mapping
+    text_dropout: float
+    pack: Mapping
+    earlier: tuple[Mapping, ...]  # phases before the one of these values, see curriculum.py
+    optimizer: Mapping
+    loop: Mapping
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    input: str  # a folder; "" for the world, or where there are sources
+    sources: tuple[Mapping, ...]  # of several: {"name", "input", "weight"} each
+    image_share: float  # of the draws, that are images; 0: as many as there are
+    fps: float  # frames/s that faster videos are resampled to; 0: none are
+    caption_weights: Mapping[str, float]  # by origin; {}: every caption is as likely
+    validation_share: float
+    max_seconds: float
+    shot_cuts: bool
+    filters: Mapping
+    engine: Mapping
+    cache_megabytes: float
+    on_change: str  # "error" | "restart_epoch": when a checkpoint was trained on other data
+
+    def __post_init__(self):
+        if self.on_change not in checkpoint.ON_CHANGE:
+            raise InputError(
+                f"data.on_change={self.on_change!r} is none of {', '.join(checkpoint.ON_CHANGE)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    batches: int
+    times: tuple[float, ...]
+    vae_clips: int
+    physics_clips: int
+    physics_frames: int
+    guidance_scale: float
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    prompts: tuple[str, ...]
+    seed: int
