@@ -47,7 +47,14 @@ def row_gradient(lengths, shape: dict, dtype: str):
     from vidsim.training import state
 
     config = dit.Config(
-        **shape, patch=2, prediction="x0", remat="none", unroll=shape["depth"], dtype=dtype
+        **shape,
+        patch=2,
+        prediction="x0",
+        remat="none",
+        unroll=shape["depth"],
+        dtype=dtype,
+        operands="",
+        base_width=0,
     )
     text = encoder.Config(vocabulary=8, features=32, depth=0, heads=2, max_tokens=8)
     graphdef, params = state.split(

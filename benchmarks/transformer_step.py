@@ -85,6 +85,8 @@ class Ours:
             remat="none",
             unroll=shape["depth"],
             dtype=dtype,
+            operands="",
+            base_width=0,
         )
         text = encoder.Config(
             vocabulary=VOCABULARY, features=TEXT_FEATURES, depth=0, heads=8, max_tokens=TEXT
@@ -98,7 +100,7 @@ class Ours:
         )
         mesh = meshes.make(meshes.Config(), jax.devices()[:1])
         rules = ShardingRules()
-        shardings = state.shardings(make, tx, mesh, rules)
+        shardings = state.shardings(make, tx, (), state.shardings_of_params(make, mesh, rules))
         self.objective = functools.partial(
             objectives.dit_loss,
             state.graph_of(make),
@@ -108,12 +110,14 @@ class Ours:
         )
         settings = optimizer.Config(
             learning_rate=1e-4,
+            muon_scale="spectral",
+            muon_dtype="float32",
             adam_learning_rate=1e-4,
             weight_decay=0.01,
             warmup_steps=0,
             decay_steps=0,
             clip_norm=1.0,
-            ema_sigma_rel=0.05,
+            ema_sigma_rels=(),
         )
         self.update = step.make_step(
             self.objective, tx, settings, seed=0, mesh=mesh, rules=rules, state_shardings=shardings

@@ -14,7 +14,7 @@ from vidsim.training import objectives, optimizer, state, step
 # B batch (rows), L tokens, P patch values, M segments a row
 
 B, L, P, M = 4, 16, 6, 2
-CONFIG = dit.Config(16, 1, 2, 24, 1, "x0", "none", 1, "float32")
+CONFIG = dit.Config(16, 1, 2, 24, 1, "x0", "none", 1, "float32", "", 0)
 TEXT = encoder.Config(vocabulary=8, features=8, depth=0, heads=2, max_tokens=4)
 TIMES = time_sampling.Config(mean=0.0, std=1.0, shift_min=1.0, shift_max=16.0)
 RULES = ShardingRules()
@@ -52,15 +52,16 @@ def pack() -> dict[str, np.ndarray]:
 
 def after_a_step(pack, accumulate: int):
     """The state and the metrics; the rate is 1 and nothing is clipped, so gradients are seen."""
-    config = optimizer.Config(1.0, 1.0, 0.0, 0, 1, 1.0, 0.05, accumulate)
+    config = optimizer.Config(1.0, "widening", "float32", 1.0, 0.0, 0, 1, 1.0, (), accumulate)
     tx, mesh = optax.sgd(1.0), meshes.make(meshes.Config(), jax.devices()[:1])
-    shardings = state.shardings(make_model, tx, mesh, RULES)
+    of_params = state.shardings_of_params(make_model, mesh, RULES)
+    shardings = state.shardings(make_model, tx, (), of_params)
     rng = np.random.default_rng(1)
     params = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 4,
         state.abstract_params(make_model),
     )
-    now = jax.device_put(state.TrainState(np.int32(0), params, params, tx.init(params)), shardings)
+    now = jax.device_put(state.TrainState(np.int32(0), params, {}, tx.init(params)), shardings)
     step_fn = step.make_step(
         OBJECTIVE, tx, config, seed=0, mesh=mesh, rules=RULES, state_shardings=shardings
     )
@@ -86,4 +87,4 @@ def test_parts_that_do_not_divide_the_rows_are_named(pack):
     with pytest.raises(InputError, match=r"optimizer\.accumulate=3 does not divide the 4 rows"):
         after_a_step(pack, 3)
     with pytest.raises(InputError, match="accumulate=0 is under 1"):
-        optimizer.Config(1.0, 1.0, 0.0, 0, 1, 1.0, 0.05, accumulate=0)
+        optimizer.Config(1.0, "widening", "float32", 1.0, 0.0, 0, 1, 1.0, (), accumulate=0)

@@ -16,14 +16,14 @@ CODE = """
     from vidsim.diffusion import time_sampling
 
     B, L, M, P = 8, 48, 3, 6
-    model = dit.Config(32, 2, 8, 64, 1, "x0", "attention", 1, "float32")
+    model = dit.Config(32, 2, 8, 64, 1, "x0", "attention", 1, "float32", "", 0)
     text = encoder.Config(vocabulary=24, features=32, depth=1, heads=8, max_tokens=4)
     make = lambda rngs: dit.DiT(model, text, P, rngs)
     times = time_sampling.Config(0.0, 1.0, 1.0, 16.0)
     objective = objectives.bind(
         objectives.dit_loss, state.graph_of(make), "x0", times, objectives.DiTLoss(0.05, 0.3)
     )
-    optim = optimizer.Config(1e-2, 1e-2, 0.0, 0, 1, 1.0, 0.05)
+    optim = optimizer.Config(1e-2, "widening", "float32", 1e-2, 0.0, 0, 1, 1.0, ())
     # No clipping: it would hide a factor that all gradients have in common.
     tx = optax.adam(1e-2, eps=1e-3)
     rules = ShardingRules()
@@ -47,11 +47,13 @@ CODE = """
     params = jax.tree.map(
         lambda leaf: rng.normal(size=leaf.shape).astype(np.float32) / 6, state.abstract_params(make)
     )
-    first = state.TrainState(np.int32(0), params, params, tx.init(params))
+    first = state.TrainState(np.int32(0), params, {}, tx.init(params))
     first = jax.tree.map(np.array, first)  # steps give the buffers away
 
     def train(mesh):
-        shardings = state.shardings(make, tx, mesh, rules)
+        shardings = state.shardings(
+            make, tx, (), state.shardings_of_params(make, mesh, rules)
+        )
         now = jax.device_put(first, shardings)
         step_fn = step.make_step(
             objective, tx, optim, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
