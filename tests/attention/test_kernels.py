@@ -112,6 +112,22 @@ def test_a_query_that_sees_no_key_gives_zero_and_moves_nothing(kernel, lengths):
     np.testing.assert_allclose(dv, expected[4], **FLOAT32)
 
 
+@pytest.mark.parametrize(("attend", "platform"), [(gpu.attend, "cuda"), (tpu.attend, "tpu")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_and_gradients_are_written_for_their_platform(attend, platform, dtype):
+    """What is interpreted elsewhere could use what the platform lacks."""
+    x_BLNK = jax.ShapeDtypeStruct((2, 1000, 4, 128), dtype)
+    ids_BL = jax.ShapeDtypeStruct((2, 1000), "int32")
+
+    def loss(q, k, v, ids):
+        o, lse = attend(q, k, v, ids, ids)
+        return jnp.sum(o.astype("float32")) + jnp.sum(lse)
+
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x_BLNK, x_BLNK, x_BLNK, ids_BL)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.custom_call @") >= 3  # forward, dq, dk and dv
+
+
 @every_kernel_and_lengths
 def test_results_over_parts_of_the_keys_merge_by_lse(kernel, lengths):
     queries, keys = lengths

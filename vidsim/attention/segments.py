@@ -10,13 +10,13 @@ import functools
 
 import jax
 
-from vidsim.attention import cpu, plain, sequence, tpu
+from vidsim.attention import cpu, gpu, sequence, tpu
 from vidsim.parallel import sharding
 
 # By platform. A kernel is a function of one device's q, k, v and of the ids of queries and keys:
-# see `plain.attend`. The platform is known while tracing: a choice at lowering time (by
+# see `cpu.attend`. The platform is known while tracing: a choice at lowering time (by
 # `jax.lax.platform_dependent`) would keep for the backward pass what each of the kernels keeps.
-KERNELS = {"cpu": cpu.attend, "gpu": plain.attend, "tpu": tpu.attend}
+KERNELS = {"cpu": cpu.attend, "gpu": gpu.attend, "tpu": tpu.attend}
 
 AXES = ("batch", "length", "heads", None)
 
