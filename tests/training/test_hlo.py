@@ -120,6 +120,23 @@ calls=%all-reduce-scatter.1
 """
 
 
+SPLASH = """\
+ENTRY %main (a: s32[1,4,2]) -> bf16[8,512,128] {
+  %blocks = s32[1,4,2]{2,1,0} parameter(0)
+  %q = bf16[8,512,128]{2,1,0} parameter(1)
+  %k = bf16[8,256,128]{2,1,0} parameter(2)
+  ROOT %splash_mha_KIND_segmented.3 = bf16[8,512,128]{2,1,0} custom-call(%blocks, %blocks, %q, %k, \
+/*index=4*/%k), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+@pytest.mark.parametrize(("kind", "products"), [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_attention_costs_its_products_over_all_blocks(kind, products):
+    (kernel,) = hlo.operations(SPLASH.replace("KIND", kind))
+    assert kernel.flops == products * 2 * 8 * 512 * 256 * 128
+
+
 def test_a_program_of_a_tpu_is_read():
     gather, kernel, product, scatter = sorted(
         hlo.operations(TPU), key=lambda one: (one.times == 1, one.flops)

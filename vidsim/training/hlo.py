@@ -1,7 +1,8 @@
 """What a compiled program does on one device, read from its text: products, traffic, collectives.
 
 XLA's own cost analysis counts the body of a loop once and knows nothing of kernels written by hand.
-Here everything counts as often as its loop runs, and a kernel costs what it says of itself. Traffic
+Here everything counts as often as its loop runs, and a kernel costs what it says of itself; splash
+attention, which says nothing, what all blocks of its rows cost, as if they were one segment. Traffic
 is with the large memory alone: what moves between operations in a smaller one is free, and what is
 sliced in place is read by the slice. An upper bound, as operations may share what one has read.
 """
@@ -37,6 +38,8 @@ FREE = {
     "while",
 }
 _BITS = {"pred": 8, "token": 0}
+# Products of a block of queries and one of keys, in JAX's splash attention, which tells no costs.
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     current, entry = {}, ""
     # What kernels tell may go over several lines.
-    for line in re.split(r"\n(?=\s+(?:ROOT )?%|ENTRY |%|\}|\n)", text):
+    for line in re.split(r"\n(?=\s+(?:ROOT )?%|ENTRY |%|\}\s*(?:\n|$))", text):
         header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
         if header:
             current = computations.setdefault(header[2], {})
@@ -251,7 +254,7 @@ class _Reader:
         return min(total, one.result[0].bytes)
 
     def flops(self, within: str, instruction: Instruction) -> float:
-        """Of matrix products and convolutions; a kernel tells its own."""
+        """Of matrix products and convolutions; a kernel tells its own, or is known here."""
         if instruction.opcode == "fusion":
             (called,) = instruction.called("calls")
             return sum(self.flops(called, one) for one in self.computations[called].values())
@@ -259,8 +262,12 @@ class _Reader:
             left, right = (self._result_of(within, name)[0] for name in instruction.operands[:2])
             count = _of_convolution if instruction.opcode == "convolution" else _of_dot
             return count(instruction, left, right)
-        told = _told(instruction)
-        return float(told["flops"]) if told else 0.0
+        if told := _told(instruction):
+            return float(told["flops"])
+        if products := re.match(r"splash_mha_(fwd|dq|dkv)", instruction.name):
+            (q,), (k,) = (self._result_of(within, name) for name in instruction.operands[2:4])
+            return 2.0 * SPLASH_PRODUCTS[products[1]] * q.size * k.dims[-2]
+        return 0.0
 
     def collective(self, instruction: Instruction) -> Collective | None:
         """What an operation exchanges between devices."""
