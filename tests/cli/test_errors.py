@@ -231,6 +231,22 @@ def test_a_stage_names_the_one_that_it_needs(
     assert sorted(path.name for path in workdir.iterdir()) == before
 
 
+INTERRUPTED = """
+import signal, sys
+from vidsim.cli import main, worlds
+
+worlds.main = lambda: signal.default_int_handler(signal.SIGINT, None)
+sys.exit(main.execute(sys.argv[1:]))
+"""
+
+
+def test_ctrl_c_is_told_in_one_line(new_process, config, tmp_path):
+    ended = new_process(
+        "-c", INTERRUPTED, "worlds", f"--config={config}", f"--out={tmp_path / 'x'}"
+    )
+    assert (ended.code, ended.stderr) == (130, "error: stopped by Ctrl-C\n")
+
+
 def test_wrong_key_of_the_world(vidsim, changed, tmp_path):
     out = tmp_path / "world"
     ended = vidsim("worlds", f"--config={changed('config.world.clip = 3')}", f"--out={out}")

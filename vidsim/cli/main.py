@@ -1,7 +1,7 @@
 """`vidsim VERB --flags`: finds the verb, parses its flags, prints its result as one JSON line.
 
 Exit codes: 0 done; 2 bad usage or config, a restart cannot help; 75 stopped after saving, start it
-again; 1 anything else.
+again; 130 stopped by Ctrl-C, a training after saving; 1 anything else.
 """
 
 import difflib
@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 
@@ -30,7 +31,7 @@ VERBS = {
     "export": "writes weights, config and tokenizer for others",
     "run": "all stages of an experiment",
 }
-BAD_INPUT, RESTART = 2, 75
+BAD_INPUT, RESTART, INTERRUPTED = 2, 75, 130
 
 
 def usage() -> str:
@@ -140,6 +141,9 @@ def execute(arguments: list[str]) -> int:
         return fail(" ".join(str(error).split()), BAD_INPUT)
     except Restart as error:
         return fail(str(error), RESTART)
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from a second one either
+        return fail(str(error) or "stopped by Ctrl-C", INTERRUPTED)
     return 0
 
 
