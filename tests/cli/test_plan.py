@@ -176,6 +176,8 @@ def test_planning_without_shards_says_so_and_leaves_nothing(vidsim, config, tmp_
     ended = vidsim("plan", f"--config={config}", f"--workdir={workdir}")
     assert ended.code == 2 and ended.stdout == ""
     assert f"{workdir / 'shards'} is no complete folder of shards" in ended.stderr
+    assert "`vidsim run` makes those of its --workdir" in ended.stderr
+    assert f"`vidsim prepare --input=DIR --out={workdir / 'shards'}`" in ended.stderr
     assert not workdir.exists()
 
 

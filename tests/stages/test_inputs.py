@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vidsim import files
-from vidsim.data import engine, video
+from vidsim.data import engine, filters, prepare, video
 from vidsim.errors import InputError
 from vidsim.stages import claims, inputs
 from vidsim.stages.run import Run
@@ -44,6 +44,21 @@ def test_clips_are_prepared_where_and_as_the_experiment_says(run_of, films, monk
     assert inputs.prepare_shards(cut)["clips"] == 2
     assert [row["frames"] for row in cut.shards.index] == [20, 20]
     assert engines == [engine.HERE, engine.Engine(workers=3, ray_address="auto")]
+
+
+def test_shards_that_were_prepared_alone_are_taken_when_the_settings_are_the_experiments(
+    run_of, films
+):
+    run = run_of("run", input=films, validation_share=0.1)
+    out = str(run.path("shards"))
+    done = prepare.prepare(prepare.Config(films, out, filters=filters.OFF))
+    claims.claim(run)
+    before = run.path("shards", "manifest.json").stat().st_mtime_ns
+    assert inputs.prepare_shards(run)["clips"] == done["clips"] == 1
+    assert run.path("shards", "manifest.json").stat().st_mtime_ns == before
+    prepare.prepare(prepare.Config(films, str(run_of("other").path("shards"))))
+    with pytest.raises(InputError, match=r"another config \(filters.duplicate_bits: 12 -> 0, "):
+        claims.claim(run_of("other", input=films, validation_share=0.1))
 
 
 def test_a_work_folder_is_not_bound_to_where_its_clips_are_prepared(run_of, films):
