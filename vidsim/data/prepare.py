@@ -121,12 +121,16 @@ def _look(config: Config) -> _Looked:
 
 def _check_config(config: Config) -> None:
     if not 0 <= config.validation_share < 1:
-        raise InputError(f"{config.validation_share=} is not in [0, 1); give for instance 0.1")
+        raise InputError(
+            f"validation_share={config.validation_share} is not in [0, 1); give for instance 0.1"
+        )
     if not config.max_seconds > 0:
-        raise InputError(f"{config.max_seconds=} is not positive; give seconds, for instance 10")
+        raise InputError(
+            f"max_seconds={config.max_seconds} is not positive; give seconds, for instance 10"
+        )
     for name, default in (("records_per_shard", 256), ("min_side", 16)):
         if (value := getattr(config, name)) < 1:
-            raise InputError(f"config.{name}={value} is not positive; give for instance {default}")
+            raise InputError(f"{name}={value} is not positive; give for instance {default}")
     if config.shot_cuts:
         shot_cuts.check_installed()
     folder, out = pathlib.Path(config.input).resolve(), pathlib.Path(config.out).resolve()
