@@ -35,7 +35,8 @@ def claimed(config, tmp_path):
         noted = files.read_json(tmp_path / "stages.json")
         return [name for name in noted if noted[name]["complete"]]
 
-    files.write_json(tmp_path / "stages.json", {name: {"complete": True} for name in walk.STAGES})
+    noted = {name: {"complete": True, "result": {}} for name in walk.STAGES}
+    files.write_json(tmp_path / "stages.json", noted)
     assert claimed() == list(walk.STAGES)
     for names in claims.OUTPUTS.values():
         for name in names:
@@ -64,6 +65,15 @@ def test_a_value_that_no_output_depends_on_is_taken(claimed, tmp_path):
     for name in ("latents", "dit", "samples"):
         (tmp_path / name).rmdir()
     assert claimed(**{"latents.area": 1024}) == ["worlds", "prepare", "tokenizer", "vae", "finish"]
+
+
+def test_a_stage_that_was_skipped_is_asked_again_with_other_values(claimed, tmp_path):
+    noted = files.read_json(tmp_path / "stages.json")
+    noted["finish"]["result"] = {"skipped": "the experiment has no vae.finish"}
+    files.write_json(tmp_path / "stages.json", noted)
+    assert "finish" in claimed()
+    left = claimed(name="other")
+    assert left == [name for name in walk.STAGES if name not in ("finish", *claims.SHOWING)]
 
 
 def test_the_output_to_delete_for_another_value_is_named(claimed, tmp_path):

@@ -65,7 +65,7 @@ def test_a_work_folder_is_not_bound_to_where_its_clips_are_prepared(run_of, film
     first = run_of("run", input=films)
     claims.claim(first)
     first.path("shards").mkdir()
-    files.write_json(first.path("stages.json"), {"prepare": {"complete": True}})
+    files.write_json(first.path("stages.json"), {"prepare": {"complete": True, "result": {}}})
     claims.claim(run_of("run", input=films, engine={"workers": 2, "ray_address": ""}))
     assert files.read_json(first.path("config.json"))["data"]["engine"]["workers"] == 2
     assert files.read_json(first.path("stages.json"))["prepare"]["complete"], "nothing is redone"

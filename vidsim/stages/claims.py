@@ -104,8 +104,10 @@ def _bound(run: Run, changes: dict[str, str], begun: dict[str, list[str]]) -> In
 
 
 def _redo(run: Run, stages: set[str]) -> None:
-    """Marks stages as not complete, so that they look again."""
+    """Marks stages as not complete, so that they look again; so do those that were skipped."""
     path = run.path("stages.json")
     noted = files.read_json(path) if path.exists() else {}
-    changed = {name: {**noted[name], "complete": False} for name in stages & noted.keys()}
-    files.write_json(path, {**noted, **changed})
+    for name, entry in noted.items():
+        if name in stages or (entry["complete"] and "skipped" in entry["result"]):
+            entry["complete"] = False
+    files.write_json(path, noted)

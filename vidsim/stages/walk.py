@@ -79,14 +79,11 @@ def check(run: Run, name: str) -> None:
 
 
 def do(run: Run, name: str) -> dict:
-    """Runs one stage, unless it is complete, and notes its result and the time it took.
-
-    What was skipped is asked again: with other values there may be something to do.
-    """
+    """Runs one stage, unless it is complete, and notes its result and the time it took."""
     path = run.path("stages.json")
     noted = files.read_json(path) if path.exists() else {}
     entry = noted.get(name, {"seconds": 0.0})
-    if entry.get(DONE) and "skipped" not in entry["result"]:
+    if entry.get(DONE):
         return entry["result"]
     begin = time.monotonic()
 
