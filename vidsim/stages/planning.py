@@ -61,18 +61,14 @@ def pixel_buckets(run: Run) -> tuple[Table, dict]:
 
 
 def latent_packs(run: Run) -> tuple[Table, dict]:
-    """The packs of a block of steps, of the latent cache or of what would be encoded."""
-    if run.path("latents", "cache.json").is_file():
-        index, of = latents.Latents(run.path("latents")).index, "latents"
-    else:
-        planned = latents.plan(
-            run.clips.index,
-            run.latents,
-            stride=run.stride,
-            channels=run.vae.latent_channels,
-            mark="planned",
-        )
-        index, of = planned.rows, "latents that would be encoded"
+    """The packs of a block of steps, of the latents that the experiment encodes, now or later."""
+    index = latents.plan(
+        run.clips.index,
+        run.latents,
+        stride=run.stride,
+        channels=run.vae.latent_channels,
+        mark="planned",
+    ).rows
     words = run.words() if run.path("tokenizer.model").is_file() else None
     samples = _samples(run, index, words)
     plan = pack_plan(run, index, samples, "train", run.mix)
@@ -115,7 +111,7 @@ def latent_packs(run: Run) -> tuple[Table, dict]:
         notes.append(f"without a tokenizer, {run.text.max_tokens} tokens a caption are reserved")
     draws, more = _draws(plan.mixture)
     count = sum(row["split"] == "train" for row in index)
-    table = Table(f"packs of {count} training {of}", head, lines, notes + more)
+    table = Table(f"packs of {count} training latents", head, lines, notes + more)
     return table, {"latents": count, "draws": draws, "packs": found}
 
 
