@@ -208,9 +208,9 @@ def training(folder: pathlib.Path) -> dict:
     from experiments import quickstart
     from vidsim.parallel import multihost
     from vidsim.parallel.sharding import ShardingRules
+    from vidsim.stages import claims, walk
     from vidsim.stages import run as runs
     from vidsim.stages import training as stages
-    from vidsim.stages import walk
     from vidsim.training import optimizer, state, step
 
     logging.set_verbosity(logging.WARNING)
@@ -219,7 +219,7 @@ def training(folder: pathlib.Path) -> dict:
     # The latents of a hardly trained autoencoder are as many as those of a good one.
     config.vae.loop.update(steps=2, checkpoint_every=2, evaluate_every=2, log_every=1)
     run = runs.Run(json.loads(json.dumps(config.to_dict())), str(folder / "quickstart"))
-    run.claim_folder()
+    claims.claim(run)
     for stage in ("worlds", "prepare", "tokenizer", "vae", "encode"):
         walk.do(run, stage)
     made, optim, rules = stages.dit_training(run), run.optimizers["dit"], ShardingRules()

@@ -37,9 +37,12 @@ def test_a_missing_key_is_named_unless_it_has_a_default():
         config.build(Section, {"width": 8}, where="dit")
 
 
-def test_difference_finds_the_first_key_that_differs():
+def test_every_key_that_differs_is_told():
     old = {"a": 1, "b": {"c": (1, 2), "d": "x"}}
-    assert config.difference(old, {"a": 1, "b": {"c": [1, 2], "d": "x"}}) is None
-    assert config.difference(old, {"a": 1, "b": {"c": [1, 3], "d": "y"}}) == "b.c: (1, 2) -> [1, 3]"
-    assert config.difference(old, {"a": 1}) == "b: {'c': (1, 2), 'd': 'x'} -> absent"
-    assert config.difference({"a": 1}, {"a": 1, "e": None}) == "e: absent -> None"
+    assert config.differences(old, {"a": 1, "b": {"c": [1, 2], "d": "x"}}) == {}
+    both = config.differences(old, {"a": 1, "b": {"c": [1, 3], "d": "y"}})
+    assert both == {"b.c": "(1, 2) -> [1, 3]", "b.d": "x -> y"}
+    assert config.told(both) == "b.c: (1, 2) -> [1, 3], b.d: x -> y"
+    assert config.told(both, most=1) == "b.c: (1, 2) -> [1, 3], 1 more"
+    assert config.differences(old, {"a": 1}) == {"b": "{'c': (1, 2), 'd': 'x'} -> absent"}
+    assert config.differences({"a": 1}, {"a": 1, "e": None}) == {"e": "absent -> None"}

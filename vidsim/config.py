@@ -37,16 +37,22 @@ def build(cls, section: Mapping, *, where: str = ""):
     return cls(**{key: freeze(value) for key, value in section.items()})
 
 
-def difference(old: Mapping, new: Mapping, path: str = "") -> str | None:
-    """The first key where two nested mappings differ, as `path: old -> new`; None if equal."""
+def differences(old: Mapping, new: Mapping, path: str = "") -> dict[str, str]:
+    """Of every key where two nested mappings differ, what it is: `{path: "old -> new"}`."""
+    found = {}
     for key in sorted(old.keys() | new.keys()):
         name = f"{path}.{key}" if path else key
         if key not in old or key not in new:
-            return f"{name}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-        if isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
-            found = difference(old[key], new[key], name)
-            if found:
-                return found
+            found[name] = f"{old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        elif isinstance(old[key], Mapping) and isinstance(new[key], Mapping):
+            found |= differences(old[key], new[key], name)
         elif freeze(old[key]) != freeze(new[key]):
-            return f"{name}: {old[key]} -> {new[key]}"
-    return None
+            found[name] = f"{old[key]} -> {new[key]}"
+    return found
+
+
+def told(changes: Mapping[str, str], most: int = 3) -> str:
+    """`differences` for a message, which need not hold them all."""
+    pairs = [f"{key}: {change}" for key, change in changes.items()]
+    more = [f"{len(pairs) - most} more"] if len(pairs) > most else []
+    return ", ".join(pairs[:most] + more)

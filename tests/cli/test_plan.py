@@ -93,7 +93,7 @@ def test_packs_are_planned_before_anything_is_trained_or_encoded(vidsim, prepare
     ended = vidsim("plan", f"--config={path}", f"--workdir={workdir}")
     found = ended.summary["latents"]
     assert found["latents"] == 9
-    assert "packs of 9 training latents that would be encoded" in ended.stdout
+    assert "packs of 9 training latents\n" in ended.stdout
     assert "24 tokens a caption are reserved" in ended.stdout
     assert sum(row["steps"] for row in found["packs"]) == pytest.approx(1, abs=1e-3)
     for row in found["packs"]:
@@ -108,6 +108,17 @@ def test_packs_of_a_cache_are_planned_with_its_tokenizer(vidsim, tiny, config):
     assert ended.summary["latents"]["latents"] == len(trained)
     assert f"packs of {len(trained)} training latents\n" in ended.stdout
     assert "are reserved" not in ended.stdout
+
+
+def test_packs_of_other_latents_than_those_of_the_cache_can_be_planned(vidsim, tiny, config):
+    flags = (f"--config={config}", f"--workdir={tiny.workdir}")
+    area = 32 * 32
+    smaller, cached = (
+        vidsim("plan", *flags, *more).summary["latents"]
+        for more in ([f"--config.latents.area={area}"], [])
+    )
+    assert smaller["latents"] == cached["latents"]
+    assert smaller["packs"][0]["valid"] != cached["packs"][0]["valid"]
 
 
 def test_sources_have_folders_of_their_own_and_one_index(prepared):
@@ -165,6 +176,8 @@ def test_planning_without_shards_says_so_and_leaves_nothing(vidsim, config, tmp_
     ended = vidsim("plan", f"--config={config}", f"--workdir={workdir}")
     assert ended.code == 2 and ended.stdout == ""
     assert f"{workdir / 'shards'} is no complete folder of shards" in ended.stderr
+    assert "`vidsim run` makes those of its --workdir" in ended.stderr
+    assert f"`vidsim prepare --input=DIR --out={workdir / 'shards'}`" in ended.stderr
     assert not workdir.exists()
 
 

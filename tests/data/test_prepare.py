@@ -143,7 +143,8 @@ def test_a_complete_folder_is_left_alone(source, prepared, monkeypatch):
 def test_another_config_and_changed_files_are_refused(tmp_path):
     video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
     run(tmp_path / "in", tmp_path / "out")
-    with pytest.raises(InputError, match="another config; give another --out or delete it"):
+    told = r"another config \(max_seconds: 3.0 -> 1.0\); use the old values, delete it or use"
+    with pytest.raises(InputError, match=told):
         run(tmp_path / "in", tmp_path / "out", max_seconds=1.0)
     os.utime(tmp_path / "in" / "a.mp4", (1, 1))
     with pytest.raises(InputError, match="files that have changed since"):

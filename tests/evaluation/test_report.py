@@ -215,6 +215,22 @@ def test_missing_folder_is_an_input_error(tmp_path):
         report.write(tmp_path / "nowhere", tmp_path / "report.html")
 
 
+def test_of_an_autoencoder_trained_elsewhere_only_its_weights_are_told(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "vae" / "metrics.jsonl").unlink()
+    config = files.read_json(run / "config.json")
+    config["vae"] = {"weights": "/models/<wan>", "loss": {"kl_weight": 0.25}}
+    files.write_json(run / "config.json", config)
+    page = report.write(run, tmp_path / "report.html").read_text()
+    assert "Not trained: weights of /models/&lt;wan&gt;." in page
+    assert "No curves yet" not in page
+    assert "weights /models/&lt;wan&gt;" in page and "kl_weight 0.25" not in page
+    config["vae"]["weights"] = ""
+    files.write_json(run / "config.json", config)
+    page = report.write(run, tmp_path / "report.html").read_text()
+    assert "No curves yet: vae/metrics.jsonl" in page and "kl_weight 0.25" in page
+
+
 def test_unfinished_run_shows_what_exists(tmp_path):
     run = make_run(tmp_path / "run")
     files.write_json(run / "evaluation.json", {"vae": {"psnr_db": 30.0}})

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from vidsim import files
-from vidsim.data import engine, video
+from vidsim.data import engine, filters, prepare, video
 from vidsim.errors import InputError
-from vidsim.stages import inputs
+from vidsim.stages import claims, inputs
 from vidsim.stages.run import Run
 
 
@@ -46,15 +46,31 @@ def test_clips_are_prepared_where_and_as_the_experiment_says(run_of, films, monk
     assert engines == [engine.HERE, engine.Engine(workers=3, ray_address="auto")]
 
 
+def test_shards_that_were_prepared_alone_are_taken_when_the_settings_are_the_experiments(
+    run_of, films
+):
+    run = run_of("run", input=films, validation_share=0.1)
+    out = str(run.path("shards"))
+    done = prepare.prepare(prepare.Config(films, out, filters=filters.OFF))
+    claims.claim(run)
+    before = run.path("shards", "manifest.json").stat().st_mtime_ns
+    assert inputs.prepare_shards(run)["clips"] == done["clips"] == 1
+    assert run.path("shards", "manifest.json").stat().st_mtime_ns == before
+    prepare.prepare(prepare.Config(films, str(run_of("other").path("shards"))))
+    with pytest.raises(InputError, match=r"another config \(filters.duplicate_bits: 12 -> 0, "):
+        claims.claim(run_of("other", input=films, validation_share=0.1))
+
+
 def test_a_work_folder_is_not_bound_to_where_its_clips_are_prepared(run_of, films):
     first = run_of("run", input=films)
-    first.claim_folder()
-    files.write_json(first.path("stages.json"), {"prepare": {"complete": True}})
-    run_of("run", input=films, engine={"workers": 2, "ray_address": ""}).claim_folder()
+    claims.claim(first)
+    first.path("shards").mkdir()
+    files.write_json(first.path("stages.json"), {"prepare": {"complete": True, "result": {}}})
+    claims.claim(run_of("run", input=films, engine={"workers": 2, "ray_address": ""}))
     assert files.read_json(first.path("config.json"))["data"]["engine"]["workers"] == 2
     assert files.read_json(first.path("stages.json"))["prepare"]["complete"], "nothing is redone"
     with pytest.raises(InputError, match=r"another config \(data\.shot_cuts: False -> True\)"):
-        run_of("run", input=films, shot_cuts=True).claim_folder()
+        claims.claim(run_of("run", input=films, shot_cuts=True))
 
 
 @pytest.mark.parametrize("data", [{"shot_cuts": True}, {"engine": {"workers": 2}}])
@@ -62,5 +78,5 @@ def test_what_preparing_lacks_is_told_before_the_folder_is_claimed(run_of, monke
     monkeypatch.setattr(engine.importlib.util, "find_spec", lambda name: None)
     run = run_of("run", **data)
     with pytest.raises(InputError, match=r"pip install 'vidsim\[prepare\]'"):
-        run.claim_folder()
+        claims.claim(run)
     assert not run.workdir.exists()

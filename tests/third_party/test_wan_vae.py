@@ -68,7 +68,7 @@ def test_results_equal_those_of_diffusers(facts, frames):
             value.copy_(noise * spread + is_norm)
     arrays = {name: value.numpy() for name, value in model.state_dict().items()}
     config = weights.config_from(dict(model.config), dtype="float32")
-    params = weights.build(config, arrays.keys(), arrays.get)
+    params = weights.build(config, arrays.get)
     graph = weights.structure(config, wan_vae.PARTS)[0]
     none = autoencoder.Statistics(jnp.zeros(3), jnp.ones(3))
 
@@ -180,34 +180,44 @@ def test_a_config_of_something_else_is_an_error(changes, message):
         weights.config_from(TINY | changes, dtype="float32")
 
 
-def test_weights_that_do_not_fit_the_config_are_an_error(tmp_path):
+def test_weights_that_do_not_fit_the_config_are_told_before_they_are_loaded(tmp_path):
     arrays = arrays_of(TINY)
     missing = {name: value for name, value in arrays.items() if name != "quant_conv.bias"}
-    with pytest.raises(InputError, match=r"1 missing \(quant_conv.bias\), 0 unknown .*; give"):
-        weights.Weights(write(tmp_path, TINY, missing)).load()
+    with pytest.raises(
+        InputError, match=r"1 missing \(quant_conv.bias\), 0 unknown .*; give"
+    ) as told:
+        weights.Weights(write(tmp_path, TINY, missing))
+    assert str(told.value).startswith(f"{tmp_path}: ")
     more = arrays | {"quant_conv.scale": np.zeros(3, np.float32)}
     with pytest.raises(InputError, match=r"0 missing \(\), 1 unknown \(quant_conv.scale\); give"):
-        weights.Weights(write(tmp_path, TINY, more)).load()
+        weights.Weights(write(tmp_path, TINY, more))
     with pytest.raises(InputError, match=r"another architecture than config.json: \d+ missing"):
-        weights.Weights(write(tmp_path, FACTS["wan 2.2"], arrays)).load()
+        weights.Weights(write(tmp_path, FACTS["wan 2.2"], arrays))
     wide = arrays | {"encoder.conv_in.weight": np.zeros((6, 3, 3, 3, 3), np.float32)}
     message = r"encoder.conv_in.weight has shape \(6, 3, 3, 3, 3\).* needs \(3, 3, 3, 3, 4\); give"
     with pytest.raises(InputError, match=message):
-        weights.Weights(write(tmp_path, TINY, wide)).load()
+        weights.Weights(write(tmp_path, TINY, wide))
+    whole = (write(tmp_path, TINY, arrays) / weights.WEIGHTS).read_bytes()
+    (tmp_path / weights.WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(
+        InputError, match=r"is not a safetensors file .*; download it again"
+    ) as told:
+        weights.Weights(tmp_path)
+    assert str(told.value).startswith(f"{tmp_path}: ")
 
 
 def test_a_folder_without_readable_files_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"has no config.json; give a folder with"):
-        weights.Weights(tmp_path).load()
+        weights.Weights(tmp_path)
     (tmp_path / weights.CONFIG).write_text(json.dumps(TINY))
     with pytest.raises(InputError, match=r"has no diffusion_pytorch_model.safetensors; give"):
-        weights.Weights(tmp_path).load()
+        weights.Weights(tmp_path)
     (tmp_path / weights.WEIGHTS).write_bytes(b"not tensors")
     with pytest.raises(InputError, match=r"is not a safetensors file .*; download it again"):
-        weights.Weights(tmp_path).load()
+        weights.Weights(tmp_path)
     (tmp_path / weights.CONFIG).write_text("<html>")
     with pytest.raises(InputError, match=r"is not JSON .*; download it again"):
-        weights.Weights(tmp_path).load()
+        weights.Weights(tmp_path)
 
 
 def test_loaded_weights_drive_the_same_interface(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import signal
 
 import jax.numpy as jnp
 import pytest
@@ -16,10 +17,17 @@ from vidsim.training.state import TrainState
 DATA = index.Summary("0", {}, {}, {})
 
 
-def trained(folder, bad: set[int], *, steps: int = 60, first: int = 0) -> TrainState:
-    """A run whose steps `bad` are not finite, as `make_step` skips them: the state stays."""
+def trained(
+    folder, bad: set[int], *, steps: int = 60, first: int = 0, interrupted: int = -1
+) -> TrainState:
+    """A run whose steps `bad` are not finite, as `make_step` skips them: the state stays.
+
+    Ctrl-C comes within step `interrupted`.
+    """
 
     def step_fn(state, batch):
+        if batch == interrupted:
+            signal.raise_signal(signal.SIGINT)
         skipped = float(batch in bad)
         value = state.params["w"] + (1.0 - skipped)
         metrics = {"loss": jnp.float32(jnp.nan if skipped else 0), "skipped": jnp.float32(skipped)}
@@ -66,3 +74,27 @@ def test_the_step_that_a_run_resumes_at_is_said(tmp_path, capsys):
     assert "resumes" not in capsys.readouterr().err
     trained(tmp_path, set(), steps=8, first=4)
     assert capsys.readouterr().err.splitlines()[0] == "vae resumes at step 4"
+
+
+def test_ctrl_c_saves_the_step_that_is_under_way(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="vae stopped by Ctrl-C after saving step 7; start"):
+        trained(tmp_path, set(), interrupted=6)
+    assert checkpoint.newest(tmp_path / "checkpoints") == 7, "though none was due"
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+TWICE = """
+import signal
+from vidsim.training import loop
+
+with loop.Preemption() as preemption:
+    for _ in range(2):
+        signal.raise_signal(signal.SIGINT)
+        print(preemption.at(0), flush=True)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once(new_process):
+    ended = new_process("-c", TWICE)
+    assert (ended.code, ended.stdout) == (-signal.SIGINT, "True\n"), ended.stderr

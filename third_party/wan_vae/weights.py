@@ -6,7 +6,7 @@ published pipelines do. What config.json leaves out has diffusers' default, whic
 
 import os
 import pathlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +52,7 @@ class Weights:
 
     Raises:
       InputError: a part is unknown, a file is missing or unreadable, the architecture is another
-        one.
+        one; a weight is missing, left over or of another shape, by the head of its file.
     """
 
     def __init__(
@@ -79,24 +79,30 @@ class Weights:
             raise InputError(
                 f"{folder / CONFIG} is not JSON ({error}); download it again"
             ) from error
-        self.config = config_from(facts, dtype=dtype)
-        self.statistics = statistics_from(facts)
         self.parts, self.path = parts, folder / WEIGHTS
+        try:
+            self.config = config_from(facts, dtype=dtype)
+            self.statistics = statistics_from(facts)
+            check(self.config, _shapes(self.path))
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from error
 
     def load(self) -> tuple[dict, autoencoder.Statistics]:
-        """The parameters and the statistics of the latents.
-
-        Raises:
-          InputError: the file is unreadable, a weight is missing, left over or of another shape.
-        """
-        try:
-            with safe_open(self.path, framework="numpy") as opened:
-                params = build(self.config, opened.keys(), opened.get_tensor, self.parts)
-        except SafetensorError as error:
-            raise InputError(
-                f"{self.path} is not a safetensors file ({error}); download it again"
-            ) from error
+        """The parameters and the statistics of the latents."""
+        with safe_open(self.path, framework="numpy") as opened:
+            params = build(self.config, opened.get_tensor, self.parts)
         return params, self.statistics
+
+
+def _shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the arrays in a file, by its head; a file that was cut short is told."""
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    except SafetensorError as error:
+        raise InputError(
+            f"{path.name} is not a safetensors file ({error}); download it again"
+        ) from error
 
 
 def structure(config: wan_vae.Config, parts: tuple[str, ...]) -> tuple[nnx.GraphDef, nnx.State]:
@@ -159,46 +165,52 @@ def statistics_from(facts: dict) -> autoencoder.Statistics:
     )
 
 
-def build(
-    config: wan_vae.Config,
-    available: Collection[str],
-    read: Callable[[str], np.ndarray],
-    parts: tuple[str, ...] = wan_vae.PARTS,
-) -> dict:
-    """The parameters, float32, of arrays that `read` gives by diffusers' names.
+def check(config: wan_vae.Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares arrays, by diffusers' names, with those of the config.
 
     Raises:
-      InputError: a weight is missing, left over or of another shape.
+      InputError: one is missing, left over or of another shape.
     """
-    wanted = abstract(config, parts)
     theirs = names(config)
-    unknown = sorted(set(available).difference(theirs.values()))
-    missing = sorted(set(theirs.values()).difference(available))
+    unknown = sorted(shapes.keys() - set(theirs.values()))
+    missing = sorted(set(theirs.values()) - shapes.keys())
     if missing or unknown:
         raise InputError(
             f"the weights are of another architecture than config.json: {len(missing)} missing "
             f"({', '.join(missing[:3])}), {len(unknown)} unknown ({', '.join(unknown[:3])}); "
             f"give the two files of one model"
         )
-    named = {}
-    # The largest first: smaller ones then fit where what they were made of was.
-    for name, leaf in sorted(trees.flatten(wanted).items(), key=lambda item: -item[1].size):
-        array = np.asarray(read(theirs[name]), np.float32)
-        ours = _as_ours(array) if name.endswith("/kernel") else array.reshape(-1)
-        if ours.shape != leaf.shape:
+    for name, leaf in trees.flatten(abstract(config)).items():
+        shape = shapes[theirs[name]]
+        found = _as_ours(name, np.broadcast_to(np.float32(0), shape)).shape
+        if found != leaf.shape:
             raise InputError(
-                f"{theirs[name]} has shape {array.shape}, which gives {ours.shape} where "
+                f"{theirs[name]} has shape {shape}, which gives {found} where "
                 f"config.json needs {leaf.shape}; give the two files of one model"
             )
-        named[name] = jnp.asarray(ours)
+
+
+def build(
+    config: wan_vae.Config,
+    read: Callable[[str], np.ndarray],
+    parts: tuple[str, ...] = wan_vae.PARTS,
+) -> dict:
+    """The parameters, float32, of arrays that `read` gives by diffusers' names."""
+    wanted, theirs, named = abstract(config, parts), names(config), {}
+    # The largest first: smaller ones then fit where what they were made of was.
+    for name, _ in sorted(trees.flatten(wanted).items(), key=lambda item: -item[1].size):
+        array = np.asarray(read(theirs[name]), np.float32)
+        named[name] = jnp.asarray(np.ascontiguousarray(_as_ours(name, array)))
     return trees.unflatten(named, wanted)
 
 
-def _as_ours(array: np.ndarray) -> np.ndarray:
-    """[out, in, (time,) height, width] -> [time, height, width, in, out]."""
+def _as_ours(name: str, array: np.ndarray) -> np.ndarray:
+    """A kernel [out, in, (time,) height, width] as [time, height, width, in, out]; others flat."""
+    if not name.endswith("/kernel"):
+        return array.reshape(-1)
     if array.ndim == 4:
         array = array[:, :, None]
-    return np.ascontiguousarray(array.transpose(2, 3, 4, 1, 0)) if array.ndim == 5 else array
+    return array.transpose(2, 3, 4, 1, 0) if array.ndim == 5 else array
 
 
 def names(config: wan_vae.Config) -> dict[str, str]:

@@ -9,7 +9,7 @@ from ml_collections import config_flags
 from vidsim import compiling
 from vidsim.errors import InputError
 from vidsim.parallel import multihost
-from vidsim.stages import walk
+from vidsim.stages import claims, walk
 from vidsim.stages.run import Run
 from vidsim.third_party.lpips import weights as lpips
 from vidsim.third_party.wan_vae import weights as wan_vae
@@ -65,7 +65,7 @@ def open_run(stage: str | None = None) -> Run:
     def claim():
         if stage:
             walk.check(run, stage)  # first: a folder that lacks something is not claimed
-        run.claim_folder()
+        claims.claim(run)
 
     multihost.run_once(claim, "config")
     compiling.cache_in(run.path("compiled"))

@@ -1,7 +1,7 @@
 """`vidsim VERB --flags`: finds the verb, parses its flags, prints its result as one JSON line.
 
 Exit codes: 0 done; 2 bad usage or config, a restart cannot help; 75 stopped after saving, start it
-again; 1 anything else.
+again; 130 stopped by Ctrl-C, a training after saving; 1 anything else.
 """
 
 import difflib
@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 
@@ -31,7 +32,13 @@ VERBS = {
     "run": "all stages of an experiment",
     "compile": "compiles a step for a TPU slice that need not be there: memory, time, a verdict",
 }
-BAD_INPUT, RESTART = 2, 75
+# What Python says of a value that cannot be read -> what it is to be.
+KINDS = {
+    "invalid literal for int()": "a whole number",
+    "could not convert string to float": "a number",
+    "Non-boolean argument": "true or false",
+}
+BAD_INPUT, RESTART, INTERRUPTED = 2, 75, 130
 
 
 def usage() -> str:
@@ -70,19 +77,32 @@ def parse(verb: str, arguments: list[str]):
         # It names the field alone: say which argument has it.
         words = set(re.findall(r"\w+", str(error)))
         fields = [a for a in arguments if words & set(a.partition("=")[0].split(".")[1:])]
-        reason = " ".join(str(error.args[0] if error.args else error).split())
+        meant = re.search(r'Did you mean "(\w+)"', str(error))
         raise InputError(
-            f"{fields[0] if fields else '--config'} names no field of the experiment ({reason}); "
-            "its file has them all"
+            f"{fields[0] if fields else '--config'} names no field of the experiment; "
+            + (f"did you mean {meant[1]!r}?" if meant else "its file has them all")
         ) from error
     except (flags.Error, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
-        raise InputError(f"{reason}; `vidsim {verb} --help` lists the flags") from error
+        raise InputError(wrong_flag(verb, " ".join(str(error).split()))) from error
     if len(rest) > 1:
         raise unexpected(rest[1])
     for name in {"workdir", "out"} & set(flags.FLAGS):
         check_place(name, flags.FLAGS[name].value, writes=verb != "plan")
     return module
+
+
+def wrong_flag(verb: str, reason: str) -> str:
+    """What absl says of a flag, in words for who typed it."""
+    remedy = f"`vidsim {verb} --help` lists the flags"
+    if missing := re.search(r"Flag (--\w+) must have a value", reason):
+        return f"{missing[1]} is missing; {remedy}"
+    for words, kind in KINDS.items():
+        if words in reason:
+            given = reason.removeprefix("flag ").partition(": ")[0]
+            if given.startswith("--config."):
+                remedy = "the experiment's file shows one"
+            return f"{given} is to be {kind}; {remedy}"
+    return f"{reason.rstrip('.')}; {remedy}"
 
 
 def unexpected(argument: str) -> InputError:
@@ -141,6 +161,9 @@ def execute(arguments: list[str]) -> int:
         return fail(" ".join(str(error).split()), BAD_INPUT)
     except Restart as error:
         return fail(str(error), RESTART)
+    except KeyboardInterrupt as error:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from a second one either
+        return fail(str(error) or "stopped by Ctrl-C", INTERRUPTED)
     return 0
 
 

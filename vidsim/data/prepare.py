@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+from vidsim import config as configs
 from vidsim.data import clips, engine, funnel, listing, records, units
 from vidsim.data import shots as shot_cuts
 from vidsim.data.clips import Config, Fate
@@ -120,12 +121,16 @@ def _look(config: Config) -> _Looked:
 
 def _check_config(config: Config) -> None:
     if not 0 <= config.validation_share < 1:
-        raise InputError(f"{config.validation_share=} is not in [0, 1); give for instance 0.1")
+        raise InputError(
+            f"validation_share={config.validation_share} is not in [0, 1); give for instance 0.1"
+        )
     if not config.max_seconds > 0:
-        raise InputError(f"{config.max_seconds=} is not positive; give seconds, for instance 10")
+        raise InputError(
+            f"max_seconds={config.max_seconds} is not positive; give seconds, for instance 10"
+        )
     for name, default in (("records_per_shard", 256), ("min_side", 16)):
         if (value := getattr(config, name)) < 1:
-            raise InputError(f"config.{name}={value} is not positive; give for instance {default}")
+            raise InputError(f"{name}={value} is not positive; give for instance {default}")
     if config.shot_cuts:
         shot_cuts.check_installed()
     folder, out = pathlib.Path(config.input).resolve(), pathlib.Path(config.out).resolve()
@@ -153,14 +158,17 @@ def _existing(out: pathlib.Path, made_from: dict) -> dict | None:
     """The totals of a complete folder made from the same; None when nothing is there."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    remedy = "give another --out or delete it"
+    remedy = "delete it or use another folder"
     if not (out / "manifest.json").is_file():
         raise InputError(f"{out} is there and is no folder of shards; {remedy}")
     manifest = read_json(out / "manifest.json")
-    if manifest.get("made_from") != made_from:
-        same_config = (manifest.get("made_from") or {}).get("config") == made_from["config"]
-        what = "files that have changed since" if same_config else "another config"
-        raise InputError(f"{out} was prepared from {what}; {remedy}")
+    before = manifest.get("made_from") or {}
+    if before != made_from:
+        changes = configs.differences(before.get("config", {}), made_from["config"])
+        if changes:
+            what = f"another config ({configs.told(changes)})"
+            raise InputError(f"{out} was prepared from {what}; use the old values, {remedy}")
+        raise InputError(f"{out} was prepared from files that have changed since; {remedy}")
     return {key: manifest[key] for key in _TOTALS} | {"out": str(out)}
 
 

@@ -71,7 +71,8 @@ class Shards:
             if not (self.path / name).is_file():
                 raise InputError(
                     f"{self.path} is no complete folder of shards: {name} is not there;"
-                    " give the folder that `vidsim prepare --out` wrote"
+                    " `vidsim run` makes those of its --workdir,"
+                    f" `vidsim prepare --input=DIR --out={self.path}` makes them alone"
                 )
         self.index: list[dict] = read_jsonl(self.path / "index.jsonl")
         self._files = sorted(map(str, self.path.glob("*.array_record*")), key=_natural)

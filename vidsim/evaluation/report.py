@@ -239,11 +239,14 @@ def _vae_numbers(numbers: dict) -> str:
 
 
 def _curves(run: pathlib.Path) -> str:
-    parts = []
+    parts, weights = [], _published(_json(run / "config.json"))
     for stage, title in _STAGES.items():
         if stage == "finish" and not (run / stage).exists():
             continue
         parts.append(f"<h3>{title}</h3>")
+        if stage == "vae" and weights:
+            parts.append(markup.missing(f"Not trained: weights of {weights}."))
+            continue
         charts = figures.training_curves(metrics.rows_until(run / stage / "metrics.jsonl"))
         if not charts:
             parts.append(markup.missing(f"No curves yet: {stage}/metrics.jsonl holds no numbers."))
@@ -257,6 +260,11 @@ def _curves(run: pathlib.Path) -> str:
         if rest:
             parts.append(f"<details><summary>{len(rest)} more</summary>{_charts(rest)}</details>")
     return "".join(parts)
+
+
+def _published(config: dict) -> str:
+    """The folder of the weights that stand for an autoencoder of one's own; "" for none."""
+    return config.get("vae", {}).get("weights", "")
 
 
 def _charts(charts: dict[str, dict]) -> str:
@@ -274,6 +282,8 @@ def _facts(run: pathlib.Path) -> str:
     else:
         parts.append(markup.missing("No times of stages: stages.json is not written."))
     if config:
+        if weights := _published(config):
+            config["vae"] = {"weights": weights}  # the rest of the section is not used
         rows = {name or "run": [text] for name, text in _sections(config)}
         parts.append("<h3>Configuration</h3>" + markup.facts_table(rows))
     else:

@@ -69,18 +69,14 @@ def latent_packs(run: Run) -> tuple[str, dict | list[dict]]:
 
 
 def _packs_of(run: Run, phase: Phase) -> tuple[Table, dict]:
-    """The packs of a phase, of its latent cache or of what would be encoded."""
-    if run.path(phase.cache, "cache.json").is_file():
-        index, of = latents.Latents(run.path(phase.cache)).index, "latents"
-    else:
-        planned = latents.plan(
-            run.clips.index,
-            phase.latents,
-            stride=run.stride,
-            channels=run.vae.latent_channels,
-            mark="planned",
-        )
-        index, of = planned.rows, "latents that would be encoded"
+    """The packs of a phase, of the latents that it has encoded, now or later."""
+    index = latents.plan(
+        run.clips.index,
+        phase.latents,
+        stride=run.stride,
+        channels=run.vae.latent_channels,
+        mark="planned",
+    ).rows
     words = run.words() if run.path("tokenizer.model").is_file() else None
     samples = _samples(run, index, words)
     plan = pack_plan(run, index, samples, "train", phase.mix, phase.pack)
@@ -124,7 +120,7 @@ def _packs_of(run: Run, phase: Phase) -> tuple[Table, dict]:
     draws, more = _draws(plan.mixture)
     count = sum(row["split"] == "train" for row in index)
     which = f" from step {phase.first} on" if len(run.phases) > 1 else ""
-    table = Table(f"packs of {count} training {of}{which}", head, lines, notes + more)
+    table = Table(f"packs of {count} training latents{which}", head, lines, notes + more)
     return table, {"latents": count, "draws": draws, "packs": found}
 
 

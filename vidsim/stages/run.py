@@ -55,8 +55,7 @@ class Run:
     that was trained elsewhere (`vae.weights`); the command line gives both.
 
     Raises:
-      InputError: a section, a key or a value of the experiment is wrong; the folder belongs to
-        another experiment.
+      InputError: a section, a key or a value of the experiment is wrong.
     """
 
     profile = range(0)  # the steps of every training that a trace is written of
@@ -250,28 +249,8 @@ class Run:
     def path(self, *parts: str) -> pathlib.Path:
         return self.workdir.joinpath(*parts)
 
-    def claim_folder(self) -> None:
-        """Writes config.json, or checks that the folder belongs to this experiment."""
-        path = self.path("config.json")
-        if path.exists():
-            before = files.read_json(path)
-            different = configs.difference(self._bound(before), self._bound(self.config))
-            if different:
-                raise InputError(
-                    f"{self.workdir} was started with another config ({different}); "
-                    "use a new --workdir, or the old value"
-                )
-            if configs.difference(_made_of(before), _made_of(self.config)):
-                self._check_sources()
-                self._redo()
-            if configs.difference(before, self.config):
-                files.write_json(path, self.config)
-        else:
-            self._check_sources()
-            files.write_json(path, self.config)
-
-    def _check_sources(self) -> None:
-        """Neither wrong input nor a library that preparing lacks must claim the folder."""
+    def check_sources(self) -> None:
+        """Finds what of the input, or of the libraries that prepare it, is wrong or not there."""
         self.engine.check_installed()
         if self.data.shot_cuts:
             shots.check_installed()
@@ -280,21 +259,6 @@ class Run:
                 tfds_source.check(source.input)
             else:
                 prepare.check_input(self.shards_config(source))
-
-    def _bound(self, config) -> dict:
-        """What of a config a work folder is bound to: data may change where they are allowed to."""
-        free = self.data.on_change == "restart_epoch"
-        return {**config, "data": {} if free else _made_of(config)}
-
-    def _redo(self) -> None:
-        """Marks what is made of the data as not complete, so that the stages look again."""
-        path = self.path("stages.json")
-        noted = files.read_json(path) if path.exists() else {}
-        made_of_data = ("prepare", "encode", "dit", "sample", "evaluate", "report")
-        changed = {
-            name: {**noted[name], "complete": False} for name in made_of_data if name in noted
-        }
-        files.write_json(path, {**noted, **changed})
 
     @functools.cached_property
     def mesh(self):
@@ -330,11 +294,6 @@ class Run:
 
     def words(self) -> tokenizer.Tokenizer:
         return tokenizer.load(self.path("tokenizer.model"), max_tokens=self.text.max_tokens)
-
-
-def _made_of(config: Mapping) -> dict:
-    """What of the section `data` says what data there are, not where or when they are made."""
-    return {k: v for k, v in config["data"].items() if k not in ("engine", "on_change")}
 
 
 def open_folder(workdir: str, **readers) -> Run:

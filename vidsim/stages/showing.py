@@ -1,6 +1,8 @@
 """What a run shows: samples at training steps and of every mode, numbers, the report."""
 
 import dataclasses
+import pathlib
+import shutil
 
 import numpy as np
 
@@ -91,7 +93,7 @@ def sample_modes(run: Run) -> dict:
 
 
 def _sample_modes(run: Run, models: generate.Models) -> dict:
-    folder, inputs = run.path("samples", "final"), run.path("samples", "inputs")
+    folder, inputs = _emptied(run, "final"), _emptied(run, "inputs")
     texts = prompts(run)
     number = 0
 
@@ -135,6 +137,13 @@ def _sample_modes(run: Run, models: generate.Models) -> dict:
     return {"samples": number}
 
 
+def _emptied(run: Run, name: str) -> pathlib.Path:
+    """A folder of samples without those of another time, which may have been more."""
+    folder = run.path("samples", name)
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
 def evaluate(run: Run) -> dict:
     """The numbers of the report and the videos behind them."""
     models = load_models(run)
@@ -146,6 +155,7 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
     plan = vae_plan(run, settings.vae_clips)
     results = {"vae": evaluator.vae_quality(models, run.clips, run.truth, plan), "physics": None}
     _write_reconstructions(run, models, plan)
+    folder = _emptied(run, "physics")
     cases = evaluator.physics_requests(
         run.clips,
         run.truth,
@@ -163,7 +173,7 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
             results["physics"] = physics.summarise(rows) | given
         for place, row in enumerate(rows[:6]):
             request, real, known = cases[row["case"]]
-            stem = run.path("samples", "physics", f"{place:02d}")
+            stem = folder / f"{place:02d}"
             video.write_video(f"{stem}_real.mp4", real, request.fps)
             video.write_video(f"{stem}_extended.mp4", videos[row["case"]], request.fps)
             files.write_json(
@@ -183,6 +193,7 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
 
 def _write_reconstructions(run: Run, models: generate.Models, plan: list[tuple]) -> None:
     """Clips, what the autoencoder makes of them and its errors; of different shapes first."""
+    folder = _emptied(run, "vae")
     videos = [entry for entry in plan if entry[1] > 1]
     shapes = [tuple(shape) for _, *shape in videos]
     # The first clip of every shape comes before the second of any.
@@ -192,7 +203,7 @@ def _write_reconstructions(run: Run, models: generate.Models, plan: list[tuple])
         row = run.clips.index[record]
         real = run.clips.window(record, 0, *shape)
         made = evaluator.reconstruct(models, real[None])[0]
-        stem = run.path("samples", "vae", f"{place:02d}")
+        stem = folder / f"{place:02d}"
         shown = {
             "real": real,
             "reconstructed": made,

@@ -104,10 +104,13 @@ def newest_path(folder: str | os.PathLike) -> pathlib.Path:
     Raises:
       InputError: there is none.
     """
+    folder = pathlib.Path(folder).absolute()
     step = newest(folder)
     if step is None:
-        raise InputError(f"no checkpoints at {folder}; train first")
-    return pathlib.Path(folder).absolute() / str(step)
+        raise InputError(
+            f"no checkpoints at {folder}; `vidsim train --model={folder.parent.name}` first"
+        )
+    return folder / str(step)
 
 
 def load_part(folder: str | os.PathLike, part: str, abstract):

@@ -4,7 +4,8 @@ Order within an iteration: evaluate, checkpoint, and only then fetch data and st
 of step n and the data position n always agree, and a resumed run repeats what the uninterrupted one
 did. Metrics of a step are fetched after the next one is under way: the device never waits for them.
 No more than two steps are under way at once, so that each can be timed.
-SIGTERM saves at once, without the evaluation that may be due: the next start makes up for it.
+SIGTERM and Ctrl-C save at once, without the evaluation that may be due: the next start makes up for
+it. A second Ctrl-C ends at once.
 """
 
 import dataclasses
@@ -41,22 +42,29 @@ Evaluator = Callable[[TrainState, int], Iterable[tuple[str, float]]]
 
 
 class Preemption:
-    """Whether SIGTERM came, agreed on by all processes at one step."""
+    """Whether SIGTERM or Ctrl-C came, agreed on by all processes at one step."""
 
     def __enter__(self):
-        self._received = False
-        # With several processes jax's own service listens to the signal and agrees on the step.
+        self._received = self.interrupted = False
+        # With several processes jax's own service listens to SIGTERM and agrees on the step.
         self._alone = jax.process_count() == 1
+        handlers = {signal.SIGINT: self._interrupt}
         if self._alone:
-            self._previous = signal.signal(signal.SIGTERM, self._receive)
+            handlers[signal.SIGTERM] = self._receive
+        self._previous = {number: signal.signal(number, do) for number, do in handlers.items()}
         return self
 
     def __exit__(self, *_):
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
 
     def _receive(self, *_):
         self._received = True
+
+    def _interrupt(self, *_):
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second ends at once
+        signal.raise_signal(signal.SIGTERM)
 
     def at(self, step: int) -> bool:
         if self._alone:
@@ -97,6 +105,7 @@ def run(
     Raises:
       InputError: `MOST_SKIPPED` steps in a row, or more, were not finite when one was logged.
       Restart: SIGTERM came; the state is saved.
+      KeyboardInterrupt: Ctrl-C came; the state is saved.
     """
     first = int(state.step)
     evaluated = multihost.run_once(lambda: has_evaluation(folder, first), f"{name} evaluated")
@@ -170,5 +179,8 @@ def run(
         # It may have come during the last evaluation, too late for the loop.
         stop = stop or preemption.at(step + 1)
     if stop:
-        raise Restart(f"{name} stopped by SIGTERM after saving step {step}; start it again")
+        error, what = (
+            (KeyboardInterrupt, "Ctrl-C") if preemption.interrupted else (Restart, "SIGTERM")
+        )
+        raise error(f"{name} stopped by {what} after saving step {step}; start it again")
     return state

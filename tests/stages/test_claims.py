@@ -1,0 +1,85 @@
+"""Which values of an experiment may change in a work folder, by what is there of its output."""
+
+import copy
+import dataclasses
+import json
+import re
+import runpy
+
+import pytest
+
+from vidsim import files
+from vidsim.errors import InputError
+from vidsim.stages import claims, sections, walk
+from vidsim.stages.run import Run
+
+
+@pytest.fixture
+def claimed(config, tmp_path):
+    """`claimed(**{"a.b": value})`: what stages.json then says is complete of the tiny run's folder.
+
+    The folder is complete when it is claimed first.
+    """
+    first = json.loads(json.dumps(runpy.run_path(str(config))["get_config"]().to_dict()))
+
+    def claimed(**changes) -> list[str]:
+        changed = copy.deepcopy(first)
+        for key, value in changes.items():
+            *path, name = key.split(".")
+            section = changed
+            for part in path:
+                section = section[part]
+            section[name] = value
+        claims.claim(Run(changed, tmp_path))
+        assert files.read_json(tmp_path / "config.json") == changed
+        noted = files.read_json(tmp_path / "stages.json")
+        return [name for name in noted if noted[name]["complete"]]
+
+    noted = {name: {"complete": True, "result": {}} for name in walk.STAGES}
+    files.write_json(tmp_path / "stages.json", noted)
+    assert claimed() == list(walk.STAGES)
+    for names in claims.OUTPUTS.values():
+        for name in names:
+            (tmp_path / name).mkdir()
+    return claimed
+
+
+def test_of_every_section_it_is_said_which_stages_depend_on_it():
+    fields = {field.name for field in dataclasses.fields(sections.Experiment)}
+    assert fields == {key for key in claims.READ_BY if "." not in key}
+    assert {name for names in claims.READ_BY.values() for name in names} == set(walk.STAGES)
+    assert claims.OUTPUTS.keys() | set(claims.SHOWING) == set(walk.STAGES)
+    assert claims.read_by("vae.finish.loop.steps") == ("finish", *claims.SHOWING)
+    assert claims.read_by("vae.loop.steps") == claims.TRAINING
+
+
+def test_what_is_quick_is_done_again_with_another_value(claimed):
+    left = claimed(**{"evaluation.physics_clips": 2})
+    assert left == [name for name in walk.STAGES if name not in claims.SHOWING]
+
+
+def test_a_value_that_no_output_depends_on_is_taken(claimed, tmp_path):
+    with pytest.raises(InputError, match=r"latents\.area: .* -> 1024\), which .* of encode, dit "):
+        claimed(**{"latents.area": 1024})
+    assert files.read_json(tmp_path / "config.json")["latents"]["area"] != 1024
+    for name in ("latents", "dit", "samples"):
+        (tmp_path / name).rmdir()
+    assert claimed(**{"latents.area": 1024}) == ["worlds", "prepare", "tokenizer", "vae", "finish"]
+
+
+def test_a_stage_that_was_skipped_is_asked_again_with_other_values(claimed, tmp_path):
+    noted = files.read_json(tmp_path / "stages.json")
+    noted["finish"]["result"] = {"skipped": "the experiment has no vae.finish"}
+    files.write_json(tmp_path / "stages.json", noted)
+    assert "finish" in claimed()
+    left = claimed(name="other")
+    assert left == [name for name in walk.STAGES if name not in ("finish", *claims.SHOWING)]
+
+
+def test_the_output_to_delete_for_another_value_is_named(claimed, tmp_path):
+    with pytest.raises(InputError) as refused:
+        claimed(**{"dit.text.vocabulary": 99, "report.seed": 5})
+    assert "(dit.text.vocabulary: 256 -> 99)" in str(refused.value)
+    (named,) = re.findall(r"delete (.*) to have it made again", str(refused.value))
+    assert named.split() == [str(tmp_path / n) for n in ("tokenizer.model", "dit", "samples")]
+    assert "or a new --workdir" in str(refused.value)

@@ -1,0 +1,115 @@
+"""What binds a work folder to its experiment: the values that its stages have begun with.
+
+A value that no stage has begun with is free, and so are those that only what is quick depends on:
+that is done again. A stage has begun when its output is there.
+"""
+
+from vidsim import config as configs
+from vidsim import files
+from vidsim.errors import InputError
+from vidsim.stages.run import Run
+
+SHOWING = ("sample", "evaluate", "report")  # quick
+LEARNING = ("encode", "dit", *SHOWING)
+TRAINING = ("vae", "finish", *LEARNING)
+PREPARING = ("prepare", "tokenizer", *TRAINING)
+# Sections of an experiment, and keys in them -> the stages whose output depends on their values.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "name": SHOWING,
+    "seed": TRAINING,
+    "mesh": TRAINING,
+    "topology": (),
+    "world": ("worlds", *PREPARING),
+    "data": PREPARING,
+    "data.engine": (),
+    "data.on_change": (),
+    "pipeline": TRAINING,
+    "vae": TRAINING,
+    "vae.finish": ("finish", *SHOWING),
+    "latents": LEARNING,
+    "dit": ("dit", *SHOWING),
+    "dit.earlier": LEARNING,
+    "dit.model.patch": TRAINING,  # the grid that clips are cut to
+    "dit.text.max_tokens": ("tokenizer", "dit", *SHOWING),
+    "dit.text.vocabulary": ("tokenizer", "dit", *SHOWING),
+    "sample": SHOWING,
+    "evaluation": SHOWING,
+    "report": SHOWING,
+}
+# With data.on_change="restart_epoch" other data are taken, and looked at again by these alone.
+RESTARTED = ("prepare", *LEARNING)
+OUTPUTS = {
+    "worlds": ("world",),
+    "prepare": ("shards",),
+    "tokenizer": ("tokenizer.model",),
+    "vae": ("vae",),
+    "finish": ("finish",),
+    "encode": ("latents",),
+    "dit": ("dit", "samples"),
+}
+
+
+def claim(run: Run) -> None:
+    """Writes config.json, or checks that the folder has begun with no other values.
+
+    Stages that depend on a value that changed are not complete any more.
+
+    Raises:
+      InputError: a stage has begun with another value; the input or a library is not there.
+    """
+    path = run.path("config.json")
+    if not path.exists():
+        run.check_sources()
+        files.write_json(path, run.config)
+        return
+    changes = configs.differences(files.read_json(path), run.config)
+    stages = {key: read_by(key) for key in changes}
+    data = {key for key in changes if stages[key] == PREPARING}
+    restarted = data if run.data.on_change == "restart_epoch" else set()
+    begun = {
+        key: [name for name in stages[key] if _outputs(run, name)]
+        for key in changes
+        if key not in restarted
+    }
+    if any(begun.values()):
+        raise _bound(run, changes, begun)
+    if data:
+        run.check_sources()
+    if changes:
+        stages |= dict.fromkeys(restarted, RESTARTED)
+        _redo(run, {name for names in stages.values() for name in names})
+        files.write_json(path, run.config)
+
+
+def read_by(key: str) -> tuple[str, ...]:
+    """The stages whose output depends on the value of `key`, such as "vae.loss.kl_weight"."""
+    while key not in READ_BY:
+        key = key.rpartition(".")[0]
+    return READ_BY[key]
+
+
+def _outputs(run: Run, stage: str) -> list[str]:
+    """What is there of the output of a stage that is not quick."""
+    paths = [run.path(name) for name in OUTPUTS.get(stage, ())]
+    return [str(path) for path in paths if path.exists()]
+
+
+def _bound(run: Run, changes: dict[str, str], begun: dict[str, list[str]]) -> InputError:
+    stages = [name for name in OUTPUTS if any(name in names for names in begun.values())]
+    outputs = [path for name in stages for path in _outputs(run, name)]
+    wrong = {key: changes[key] for key, names in begun.items() if names}
+    return InputError(
+        f"{run.workdir} was started with another config ({configs.told(wrong)}), which the output "
+        f"of {', '.join(stages)} depends on; use the old value, or a new --workdir, or delete "
+        f"{' '.join(outputs)} to have it made again"
+    )
+
+
+def _redo(run: Run, stages: set[str]) -> None:
+    """Marks stages as not complete, so that they look again; so do those that were skipped."""
+    path = run.path("stages.json")
+    noted = files.read_json(path) if path.exists() else {}
+    for name, entry in noted.items():
+        if name in stages or (entry["complete"] and "skipped" in entry["result"]):
+            entry["complete"] = False
+    files.write_json(path, noted)
