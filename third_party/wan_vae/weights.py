@@ -98,7 +98,8 @@ def _shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the arrays in a file, by its head; a file that was cut short is told."""
     try:
         with safe_open(path, framework="numpy") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+            names = opened.keys()
+            return {name: tuple(opened.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise InputError(
             f"{path.name} is not a safetensors file ({error}); download it again"

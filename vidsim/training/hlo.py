@@ -2,9 +2,10 @@
 
 XLA's own cost analysis counts the body of a loop once and knows nothing of kernels written by hand.
 Here everything counts as often as its loop runs, and a kernel costs what it says of itself; splash
-attention, which says nothing, what all blocks of its rows cost, as if they were one segment. Traffic
-is with the large memory alone: what moves between operations in a smaller one is free, and what is
-sliced in place is read by the slice. An upper bound, as operations may share what one has read.
+attention says nothing and costs what all blocks of its rows do, as if they were one segment.
+Traffic is with the large memory alone: what moves between operations in a smaller one is free, and
+what is sliced in place is read by the slice. An upper bound, as operations may share what one has
+read.
 """
 
 import dataclasses
