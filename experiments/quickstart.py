@@ -92,7 +92,7 @@ def get_config() -> ConfigDict:
                     "foreground_weight": 10.0,
                     "foreground_scale": 0.5,
                     "consistency_weight": 0.0,
-                    "correlation_weight": 0.0,
+                    "correlation_weight": 0.02,
                     "correlation_goal": 0.75,
                     "mask_rate": 0.0,
                     "mask_ratios": (0.25, 0.5, 0.75),
