@@ -10,6 +10,19 @@ Two CPU cores: 13 to 15 minutes, of which the autoencoder (1.5M parameters) take
 transformer (4M) 8. Expect 36 dB over the frame, 25 dB in the boxes of the balls, and a velocity
 error of extended clips of 0.5 to 0.6 of a frozen ball's.
 
+What each term for latents that diffuse well does, alone: PSNR of held-out clips after 600 steps of
+the autoencoder on the world (240 on ten real clips, at 128x96), then errors of x0 at t = 0.5, 0.8
+and 0.95 and the velocity error, of a frozen ball's, after 240 steps of the transformer (100):
+
+                         world                               ten real clips
+    none                 33.14 dB  0.095 0.266 0.635  1.51   25.48 dB  0.295 0.521 0.632
+    correlation 0.02     33.16 dB  0.080 0.204 0.542  1.33   25.46 dB  0.284 0.500 0.613
+    equivariance 0.25    33.13 dB  0.092 0.265 0.630  1.45   25.51 dB  0.295 0.518 0.618
+    consistency 0.1      33.06 dB  0.093 0.263 0.656  1.54   25.40 dB  0.285 0.505 0.605
+    masks 0.25           30.83 dB  0.100 0.292 0.644  1.41   24.36 dB  0.321 0.612 0.702
+
+So local correlation is on; the others need a second pass of the decoder, or cost quality so early.
+
 On your own folder of videos and images instead of the world:
 
     vidsim run --config=experiments/quickstart.py --config.data.input=DIR --workdir=runs/mine

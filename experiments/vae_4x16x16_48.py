@@ -1,6 +1,6 @@
 """A video autoencoder for real video: 48 channels a latent of 4 x 16 x 16 pixels, 64x smaller.
 
-    vidsim prepare --input=DIR --out=runs/vae/shards
+    vidsim prepare --input=DIR --out=runs/vae/shards --nofilters
     vidsim train --model=vae --config=experiments/vae_4x16x16_48.py --config.data.input=DIR \
         --workdir=runs/vae
 

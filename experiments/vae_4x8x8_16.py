@@ -1,13 +1,15 @@
 """A video autoencoder for real video: 16 channels a latent of 4 x 8 x 8 pixels, 48x smaller.
 
-    vidsim prepare --input=DIR --out=runs/vae/shards
+    vidsim prepare --input=DIR --out=runs/vae/shards --nofilters
     vidsim train --model=vae --config=experiments/vae_4x8x8_16.py --config.data.input=DIR \
         --workdir=runs/vae
 
 The shape is that of Wan 2.1 (arXiv:2503.20314): widths 96 to 384, time taps 3 everywhere, but norms
 by position and shortcuts around every change of rate. Beside the absolute error the loss has
-gradients at three scales, latent consistency, local correlation and masking (SSVAE), scale
-equivariance (EQ-VAE), and discriminators for the second half; then the decoder is trained alone.
+gradients at three scales, local correlation (SSVAE), latent consistency, scale equivariance
+(EQ-VAE), and discriminators for the second half; then the decoder is trained alone. Of the terms
+for latents that diffuse well those are on that helped a transformer on real clips or on the world,
+by the table in `quickstart.py`; latent masks are off, which made it worse.
 
 Sizes of training are found from the data at two areas, for images and for clips of two lengths: up
 to 13 latents (49 frames) of 256x256, 3 (9 frames) of 512x512. A step has 8 such clips, one for each
@@ -50,7 +52,6 @@ def get_config() -> ConfigDict:
         foreground_weight=0.0,
         consistency_weight=0.1,
         correlation_weight=0.02,
-        mask_rate=0.25,
         equivariance_weight=0.25,
         adversarial_weight=0.1,
         adversarial_start=100_000,

@@ -1,6 +1,6 @@
 """A video autoencoder for real video: 128 channels a latent of 8 x 32 x 32 pixels, 192x smaller.
 
-    vidsim prepare --input=DIR --out=runs/vae/shards
+    vidsim prepare --input=DIR --out=runs/vae/shards --nofilters
     vidsim train --model=vae --config=experiments/vae_8x32x32_128.py --config.data.input=DIR \
         --workdir=runs/vae
 

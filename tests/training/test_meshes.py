@@ -1,12 +1,17 @@
 """One training step of the transformer on every mesh of eight devices, beside one device."""
 
+import itertools
+import json
+import math
 import textwrap
 
-# Prints a JSON line: for each mesh how far loss, gradients (Adam's first moments are a tenth of
-# them) and parameters are from those of one device, relative to their largest value, and the shapes
-# that the program gathers.
+import pytest
+
+# By a text encoder of so many layers and a list of meshes, prints a JSON line: for each mesh how
+# far loss, gradients (Adam's first moments are a tenth of them) and parameters are from those of
+# one device, relative to their largest value.
 CODE = """
-    import itertools, json, re
+    import json, sys
     import jax, numpy as np, optax
     from vidsim.models import dit
     from vidsim.parallel import mesh as meshes, multihost
@@ -17,7 +22,8 @@ CODE = """
 
     B, L, M, P = 8, 48, 3, 6
     model = dit.Config(32, 2, 8, 64, 1, "x0", "attention", 1, "float32", "", 0)
-    text = encoder.Config(vocabulary=24, features=32, depth=1, heads=8, max_tokens=4)
+    depth = int(sys.argv[1])
+    text = encoder.Config(vocabulary=24, features=32, depth=depth, heads=8, max_tokens=4)
     make = lambda rngs: dit.DiT(model, text, P, rngs)
     times = time_sampling.Config(0.0, 1.0, 1.0, 16.0)
     objective = objectives.bind(
@@ -68,18 +74,28 @@ CODE = """
 
     alone = train(meshes.make(meshes.Config(), jax.devices()[:1]))
     found = {}
-    for sizes in itertools.product((1, 2, 4, 8), repeat=5):
-        if np.prod(sizes) == 8:
-            made = meshes.make(meshes.Config(**dict(zip(meshes.AXES, sizes, strict=True))))
-            found[str(sizes)] = [difference(*pair) for pair in zip(train(made), alone)]
+    for sizes in json.loads(sys.argv[2]):
+        made = meshes.make(meshes.Config(**dict(zip(meshes.AXES, sizes, strict=True))))
+        found[str(sizes)] = [difference(*pair) for pair in zip(train(made), alone)]
     print(json.dumps(found))
 """
+# Replica, ring, fsdp, sequence, tensor.
+MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if math.prod(sizes) == 8]
 
 
-def test_every_mesh_of_eight_equals_one_device(new_process):
+@pytest.mark.parametrize(
+    ("text_depth", "meshes"),
+    [
+        pytest.param(0, MESHES[::2], id="half of them"),
+        pytest.param(0, MESHES[1::2], id="the other half"),
+        pytest.param(1, [(1, 2, 1, 2, 2), (2, 1, 2, 2, 1)], id="with layers of text"),
+    ],
+)
+def test_every_mesh_of_eight_equals_one_device(new_process, text_depth, meshes):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    found = new_process("-c", textwrap.dedent(CODE), XLA_FLAGS=flags, JAX_PLATFORMS="cpu").summary
-    assert len(found) == 35
+    arguments = textwrap.dedent(CODE), text_depth, json.dumps(meshes)
+    found = new_process("-c", *arguments, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").summary
+    assert len(found) == len(meshes)
     for sizes, (loss, gradients, params) in found.items():
         assert loss < 1e-6, sizes
         assert gradients < 1e-4, sizes
