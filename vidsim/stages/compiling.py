@@ -132,9 +132,32 @@ def told(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> dict:
                 "roofline": mfu(case, result.estimate.roofline, mesh),
                 "scheduled": mfu(case, result.estimate.scheduled, mesh),
             },
-            "collectives": [dataclasses.asdict(one) for one in result.exchanges],
+            "collectives": [
+                {**dataclasses.asdict(one), "arrays": [str(array) for array in one.arrays]}
+                for one in result.exchanges
+            ],
+            "activations_gathered": activations_gathered(result, case),
         }
     return found
+
+
+def activations_gathered(result: aot.Result, case: Case) -> list[str]:
+    """What is gathered over fsdp and has not the shape of a weight, or of one of its layers."""
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state.abstract_params(case.task.make_model))]
+    weights = {_sides(shape) for shape in shapes} | {_sides(shape[1:]) for shape in shapes}
+    gathers = (
+        one
+        for one in result.exchanges
+        if one.kind == "all-gather" and "fsdp" in one.axes.split("+")
+    )
+    return [
+        str(array) for one in gathers for array in one.arrays if _sides(array.dims) not in weights
+    ]
+
+
+def _sides(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Sides over 1 in order of size: layouts and layers of one are no other array."""
+    return tuple(sorted(size for size in dims if size > 1))
 
 
 def tables(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> Iterator[Table]:
@@ -174,7 +197,7 @@ def tables(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> Iterator[
             f"{one.bytes / 1e9:.3f}",
             f"{1e3 * one.seconds:.1f}",
             f"{100 * one.hidden / one.seconds:.0f}" if one.seconds else "",
-            one.largest,
+            str(one.arrays[0]),
         )
         for one in result.exchanges
     ]

@@ -109,7 +109,7 @@ class Exchange:
     bytes: float  # sent
     seconds: float
     hidden: float  # of these, while something else runs
-    largest: str  # array
+    arrays: tuple[hlo.Array, ...]  # different ones, the largest first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def exchanges(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> tuple
     found = []
     for (kind, axes), members in groups.items():
         timed = [(one.times, *_seconds(mesh, one)) for one in members]
-        largest = max((a for one in members for a in one.collective.arrays), key=lambda a: a.bytes)
+        arrays = {(a.dtype, a.dims): a for one in members for a in one.collective.arrays}
         found.append(
             Exchange(
                 kind,
@@ -230,7 +230,7 @@ def exchanges(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> tuple
                 sum(one.times * one.collective.sent for one in members),
                 sum(times * taken for times, taken, _ in timed),
                 sum(times * hidden for times, _, hidden in timed),
-                f"{largest.dtype}[{','.join(map(str, largest.dims))}]",
+                tuple(sorted(arrays.values(), key=lambda array: -array.bytes)),
             )
         )
     return tuple(sorted(found, key=lambda one: -one.seconds))

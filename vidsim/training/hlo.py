@@ -58,6 +58,9 @@ class Array:
         bits = _BITS.get(self.dtype) or int((re.search(r"\d+", self.dtype) or "0")[0])
         return self.size * bits / 8
 
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
