@@ -3,6 +3,12 @@
 import json
 import math
 
+from absl import flags
+
+# Of every script that has a small form, and of those that measure a side in its own process.
+QUICK = flags.DEFINE_bool("quick", False, "Small models and sizes: does it run?")
+PROBE = flags.DEFINE_enum("probe", None, ["ours", "theirs"], "Measure the memory of one side.")
+
 
 def claim(name: str, value: float | None, *, goal: float, better: str, beside: dict) -> dict:
     """Prints one claim as a JSON line on stdout and returns it.

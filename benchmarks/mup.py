@@ -137,7 +137,7 @@ def trainer(config: dit.Config, steps: int):
     def step(params, opt_state, rate, number):
         data_key, key = jax.random.split(jax.random.fold_in(jax.random.key(1), number))
         grad = jax.value_and_grad(loss, has_aux=True)
-        (value, _), gradients = grad(params, draw_pack(data_key), key, number)
+        (value, _), gradients = grad(params, draw_pack(data_key), jax.random.split(key, B), number)
         updates, opt_state = tx(rate).update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 

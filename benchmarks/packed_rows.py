@@ -15,9 +15,9 @@ import time
 from unittest import mock
 
 import numpy as np
-from absl import app, flags
+from absl import app
 
-from benchmarks import claim
+from benchmarks import QUICK, claim
 
 LENGTHS = (1021, 893, 643, 509, 387, 317, 193, 133)  # 4096 together, none a multiple of a block
 QUICK_LENGTHS = (61, 35, 27, 5)
@@ -27,8 +27,6 @@ SHAPE = {"width": 512, "depth": 2, "heads": 8, "mlp_hidden": 2048}
 QUICK_SHAPE = {"width": 32, "depth": 1, "heads": 2, "mlp_hidden": 64}
 VALUES = 64  # of a patch
 ROUNDS = 5
-
-QUICK = flags.DEFINE_bool("quick", False, "A small model and short segments: does it run?")
 
 
 def ids_of(lengths) -> np.ndarray:

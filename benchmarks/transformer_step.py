@@ -24,7 +24,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks import claim
+from benchmarks import PROBE, QUICK, claim
 
 ROOT = pathlib.Path(__file__).parents[1]
 DTYPES = ("float32", "bfloat16")
@@ -40,11 +40,9 @@ VOCABULARY = 256
 ROUNDS = 3
 RATE_SIZE, QUICK_RATE_SIZE = 2048, 256
 
-QUICK = flags.DEFINE_bool("quick", False, "A small model and short rows: does it run?")
 LENGTHS = flags.DEFINE_integer("lengths", None, "Only the first so many lengths.")
 MEMORY_TOO = flags.DEFINE_bool("memory", True, "Also the memory, in processes of their own.")
 # What a process that measures its own memory is told:
-PROBE = flags.DEFINE_enum("probe", None, ["ours", "theirs"], "Measure the memory of one side.")
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "With --probe: of the products.")
 PATCHES = flags.DEFINE_integer("patches", 1024, "With --probe: tokens of the video.")
 

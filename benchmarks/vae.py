@@ -22,7 +22,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks import claim
+from benchmarks import PROBE, QUICK, claim
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = ((17, 128, 128), (17, 256, 256), (61, 240, 416))  # frames, height, width
@@ -37,11 +37,9 @@ MINUTE_WIDTH = 32  # a third: sooner done, and what would be kept of a clip weig
 VERBS = ("encode", "decode")
 DTYPES = ("float32", "bfloat16")
 
-QUICK = flags.DEFINE_bool("quick", False, "A small width and small sizes: does it run?")
 LARGEST = flags.DEFINE_integer("sizes", None, "Only the first so many sizes.")
 PARTS = flags.DEFINE_multi_enum("part", None, ["speed", "memory", "minute"], "Only this part.")
 # What a process that measures its own memory is told:
-PROBE = flags.DEFINE_enum("probe", None, ["ours", "theirs"], "Measure the memory of one side.")
 VERB = flags.DEFINE_enum("verb", "decode", VERBS, "With --probe: what to run.")
 DROP = flags.DEFINE_bool("drop", False, "With --probe=ours --verb=decode: keep no frames.")
 SIZE = flags.DEFINE_string("size", "17x128x128", "With --probe: FRAMESxHEIGHTxWIDTH.")

@@ -187,7 +187,7 @@ def test_who_reads_imports_nothing(folder):
 
 
 def test_a_folder_that_holds_no_shards_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"index\.jsonl is not there; give the folder"):
+    with pytest.raises(InputError, match=r"index\.jsonl is not there; `vidsim run` makes"):
         records.Shards(tmp_path)
     (tmp_path / "index.jsonl").write_text("")
     with pytest.raises(InputError, match="manifest"):

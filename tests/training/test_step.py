@@ -31,9 +31,9 @@ class Model(nnx.Module):
         self.head = Linear(6, 2, axes=("embed", None), rngs=rngs)
 
 
-def objective(params, batch, key, number):
+def objective(params, batch, key_B, number):
     """Something to go down, other at every step."""
-    noise = jax.random.normal(key, (6,))
+    noise = jax.random.normal(key_B[0], (6,))
     loss = jnp.mean(jnp.square(params["first"]["kernel"] - noise))
     return loss + jnp.mean(jnp.square(params["head"]["kernel"] - noise[:, None])), {}
 
@@ -57,7 +57,7 @@ def trained(steps: int, *, frozen=()):
     )
     states = [jax.tree.map(np.array, now)]
     for _ in range(steps):
-        now, _ = step_fn(now, {})
+        now, _ = step_fn(now, {"x_B": np.zeros(1)})
         states.append(jax.tree.map(np.array, now))
     return states, state.abstract(Model, tx, shardings)
 

@@ -332,7 +332,7 @@ def average(run: Run, stage: str, train_state: state.TrainState):
 def load_vae(run: Run, weights: str = "ema") -> generate.Models:
     """The autoencoder with its newest decoder: of the stage that finishes it, once that began.
 
-    An average that the transformer alone has stands for the autoencoder's own first.
+    Its weights are the last or its first average: any other choice is the transformer's.
     """
     if run.published:
         return vae_only(run, *run.published.load())
@@ -340,7 +340,7 @@ def load_vae(run: Run, weights: str = "ema") -> generate.Models:
     finished = checkpoint.newest(run.path("finish", "checkpoints")) is not None
     stage = "finish" if finished else "vae"
     emas = run.optimizers[stage].ema_names
-    if weights not in exported.choices(emas):
+    if weights != "params":
         weights = "ema"
     folder = run.path(stage, "checkpoints")
     return vae_only(run, exported.restore_vae(folder, run.vae, weights, emas), statistics)
