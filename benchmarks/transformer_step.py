@@ -36,7 +36,6 @@ QUICK_SHAPE = {"width": 64, "depth": 2, "heads": 2, "mlp_hidden": 128}
 CHANNELS = 16  # of a latent
 PATCH = 2
 TEXT_FEATURES = 512
-VOCABULARY = 256
 ROUNDS = 3
 RATE_SIZE, QUICK_RATE_SIZE = 2048, 256
 
@@ -57,101 +56,26 @@ def grid(tokens: int) -> tuple[int, int, int]:
     return tokens * PATCH**2 // side**2, side, side
 
 
-class Ours:
-    """The training step of every run here, with AdamW for all parameters."""
+def ours(dtype: str, tokens: int, shape: dict):
+    """The training step of every run here."""
+    from benchmarks import _step
+    from vidsim.models import dit
+    from vidsim.text import encoder
 
-    def __init__(self, dtype: str, tokens: int, shape: dict):
-        import functools
-
-        import jax
-        import optax
-        from flax import nnx
-
-        from vidsim.diffusion import time_sampling
-        from vidsim.layers import rotary
-        from vidsim.models import dit
-        from vidsim.parallel import mesh as meshes
-        from vidsim.parallel.sharding import ShardingRules
-        from vidsim.text import encoder
-        from vidsim.training import objectives, optimizer, state, step
-
-        self.jax = jax
-        config = dit.Config(
-            **shape,
-            patch=PATCH,
-            prediction="velocity",
-            remat="none",
-            unroll=shape["depth"],
-            dtype=dtype,
-            operands="",
-            base_width=0,
-        )
-        text = encoder.Config(
-            vocabulary=VOCABULARY, features=TEXT_FEATURES, depth=0, heads=8, max_tokens=TEXT
-        )
-
-        def make(rngs: nnx.Rngs):
-            return dit.DiT(config, text, CHANNELS * PATCH**2, rngs)
-
-        tx = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=0.01)
-        )
-        mesh = meshes.make(meshes.Config(), jax.devices()[:1])
-        rules = ShardingRules()
-        shardings = state.shardings(make, tx, (), state.shardings_of_params(make, mesh, rules))
-        self.objective = functools.partial(
-            objectives.dit_loss,
-            state.graph_of(make),
-            config.prediction,
-            time_sampling.Config(mean=0.0, std=1.0, shift_min=1.0, shift_max=16.0),
-            objectives.DiTLoss(t_min=0.05, noisy_given_max=0.3),
-        )
-        settings = optimizer.Config(
-            learning_rate=1e-4,
-            muon_scale="spectral",
-            muon_dtype="float32",
-            adam_learning_rate=1e-4,
-            weight_decay=0.01,
-            warmup_steps=0,
-            decay_steps=0,
-            clip_norm=1.0,
-            ema_sigma_rels=(),
-        )
-        self.update = step.make_step(
-            self.objective, tx, settings, seed=0, mesh=mesh, rules=rules, state_shardings=shardings
-        )
-        self.state = state.create(make, tx, jax.random.key(0), shardings)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
-
-        rng = np.random.default_rng(0)
-        length = TEXT + tokens
-        is_text = np.arange(length) < TEXT
-        frames, height, width = grid(tokens)
-        token_grid = (frames, height // PATCH, width // PATCH)
-        patches = rng.normal(size=(length, CHANNELS * PATCH**2)).astype(np.float32)
-        ids = rng.integers(VOCABULARY, size=length).astype(np.int32)
-        compression = (4, 8 * PATCH)
-        positions = (
-            rotary.text_positions(TEXT),
-            rotary.grid_positions(token_grid, fps=24.0, compression=compression),
-        )
-        pack = {
-            "patches_BLP": np.where(is_text[:, None], 0, patches),
-            "text_ids_BL": np.where(is_text, ids, 0),
-            "segment_ids_BL": np.ones(length, np.int32),
-            "positions_BL3": np.concatenate(positions),
-            "is_text_BL": is_text,
-            "given_BL": np.zeros(length, bool),
-            "time_index_BL": np.where(is_text, 0, 1).astype(np.int32),
-            "sizes_BM3": np.array([[frames, 8 * height, 8 * width]], np.int32),
-        }
-        self.pack = {name: array[None] for name, array in pack.items()}
-
-    def step(self) -> float:
-        """The loss of one update."""
-        self.state, metrics = self.update(self.state, self.pack)
-        self.jax.block_until_ready(self.state)
-        return float(metrics["loss"])
+    config = dit.Config(
+        **shape,
+        patch=PATCH,
+        prediction="velocity",
+        remat="none",
+        unroll=shape["depth"],
+        dtype=dtype,
+        operands="",
+        base_width=0,
+    )
+    text = encoder.Config(vocabulary=256, features=TEXT_FEATURES, depth=0, heads=8, max_tokens=TEXT)
+    return _step.Step(
+        config, text, _step.pack(config, text, grid(tokens), channels=CHANNELS, pixels=8)
+    )
 
 
 class Theirs:
@@ -238,7 +162,7 @@ def speed(lengths, shape: dict) -> dict:
     found = {}
     for dtype in DTYPES:
         for tokens in lengths:
-            sides = {"ours": Ours(dtype, tokens, shape), "theirs": Theirs(dtype, tokens, shape)}
+            sides = {"ours": ours(dtype, tokens, shape), "theirs": Theirs(dtype, tokens, shape)}
             if dtype == "bfloat16":
                 sides["theirs, no masters"] = Theirs("bfloat16 model", tokens, shape)
             found["parameters"] = {name: side.parameters for name, side in sides.items()}
@@ -263,7 +187,7 @@ def peak_bytes() -> int:
 
 def probe() -> None:
     """Prints the peak memory of this process over two steps."""
-    side = {"ours": Ours, "theirs": Theirs}[PROBE.value]
+    side = {"ours": ours, "theirs": Theirs}[PROBE.value]
     side = side(DTYPE.value, PATCHES.value, QUICK_SHAPE if QUICK.value else SHAPE)
     pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     loaded = peak_bytes()

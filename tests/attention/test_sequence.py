@@ -49,8 +49,9 @@ CODE = """
 
 @pytest.fixture(scope="module")
 def found(new_process):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    return new_process("-c", textwrap.dedent(CODE), XLA_FLAGS=flags, JAX_PLATFORMS="cpu").summary
+    return new_process(
+        "-c", textwrap.dedent(CODE), JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu"
+    ).summary
 
 
 @pytest.mark.parametrize("mesh", ["heads exchanged", "ring", "ring of eight", "both"])

@@ -36,7 +36,7 @@ def test_claims_are_of_both_dtypes_at_every_length(capsys):
 def test_an_update_of_ours_moves_the_parameters_on_a_row_of_the_video_and_its_text():
     from benchmarks import transformer_step
 
-    ours = transformer_step.Ours("float32", 64, transformer_step.QUICK_SHAPE)
+    ours = transformer_step.ours("float32", 64, transformer_step.QUICK_SHAPE)
     assert ours.pack["segment_ids_BL"].shape == (1, 64 + transformer_step.TEXT)
     before = jax.tree.map(np.asarray, ours.state.params)
     assert np.isfinite(ours.step())
@@ -55,7 +55,7 @@ def test_work_is_counted_as_the_compiler_counts_it():
     from benchmarks import transformer_step
 
     shape = {**transformer_step.QUICK_SHAPE, "width": 128, "mlp_hidden": 512}
-    ours = transformer_step.Ours("float32", 256, shape)  # a short row: nothing is in a loop
+    ours = transformer_step.ours("float32", 256, shape)  # a short row: nothing is in a loop
     arguments = (ours.state.params, ours.pack, jax.random.split(jax.random.key(0), 1), 0)
     counted = jax.jit(ours.objective).lower(*arguments).cost_analysis()["flops"]
     # The compiler also counts what is no product: norms, softmax, modulation, noise.

@@ -46,8 +46,9 @@ CODE = """
 
 
 def test_loops_products_and_exchanges_of_a_program_are_counted(new_process):
-    flags = "--xla_force_host_platform_device_count=8"
-    found = new_process("-c", textwrap.dedent(CODE), XLA_FLAGS=flags, JAX_PLATFORMS="cpu").summary
+    found = new_process(
+        "-c", textwrap.dedent(CODE), JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu"
+    ).summary
     block = 4 * 8 * 16  # bytes
     assert found.pop("flops") == 5 * 2 * (32 * 16 * 16 + 8 * 16 * 16)
     assert found == {

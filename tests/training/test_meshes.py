@@ -92,9 +92,8 @@ MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if math.p
     ],
 )
 def test_every_mesh_of_eight_equals_one_device(new_process, text_depth, meshes):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     arguments = textwrap.dedent(CODE), text_depth, json.dumps(meshes)
-    found = new_process("-c", *arguments, XLA_FLAGS=flags, JAX_PLATFORMS="cpu").summary
+    found = new_process("-c", *arguments, JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu").summary
     assert len(found) == len(meshes)
     for sizes, (loss, gradients, params) in found.items():
         assert loss < 1e-6, sizes

@@ -165,9 +165,8 @@ CODE = """
 def test_matrices_spread_over_devices_equal_those_of_one_and_are_exchanged_not_gathered(
     new_process,
 ):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     found = new_process(
-        *("-c", textwrap.dedent(CODE)), XLA_FLAGS=flags, JAX_PLATFORMS="cpu"
+        *("-c", textwrap.dedent(CODE)), JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu"
     ).summary
     # Fifteen products in another order, of values up to 2: float32.
     assert max(mesh["difference"] for mesh in found.values()) < 1e-4

@@ -82,10 +82,9 @@ CODE = """
     [("vae", "tiny"), ("dit", "tiny"), ("vae", "tiny_full"), ("finish", "tiny_full")],
 )
 def test_sharded_equals_single_device(tiny, config, new_process, model, experiment):
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     found = new_process(
         *("-c", textwrap.dedent(CODE), tiny.workdir, model, config.with_stem(experiment)),
-        XLA_FLAGS=flags,
+        JAX_NUM_CPU_DEVICES="8",
         JAX_PLATFORMS="cpu",
     ).summary
     for name, parts in {"fsdp": 8, "both": 4}.items():
