@@ -9,6 +9,7 @@ import pytest
 
 from vidsim.attention import cpu, gpu, tiles, tpu
 from vidsim.attention.blocks import MASKED
+from vidsim.models import dit
 
 KERNELS = ("cpu", "gpu", "tpu")
 LENGTHS = {"cpu": (70, 45), "gpu": (70, 45), "tpu": (300, 200)}
@@ -40,6 +41,7 @@ def dense(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, seen_LM=True):
     """The definition, with all scores at once."""
     s = jnp.einsum("BLNK,BMNK->BNLM", q_BLNK, k_BMNK) * q_BLNK.shape[-1] ** -0.5
     same = (q_ids_BL[:, None, :, None] == k_ids_BM[:, None, None, :]) & seen_LM
+    same &= k_ids_BM[:, None, None, :] > 0
     s = jnp.where(same, s, MASKED)
     lse = jax.nn.logsumexp(s, axis=-1)
     p = jnp.where(same, jnp.exp(s - lse[..., None]), 0)
@@ -126,6 +128,54 @@ def test_kernels_and_gradients_are_written_for_their_platform(attend, platform, 
     traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x_BLNK, x_BLNK, x_BLNK, ids_BL)
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     assert program.count("stablehlo.custom_call @") >= 3  # forward, dq, dk and dv
+
+
+@every_kernel
+def test_cost_follows_prompts_that_stand_between_what_they_do_not_see(kernel):
+    """Not a number times nothing is not a number: what is read at all shows."""
+    block = 128 if kernel.func is tpu.attend else 32
+    # A prompt, patches, a shorter prompt and patches: patches are padding, and fill whole blocks.
+    ids = np.repeat([1, 0, 2, 0, 0, 0], block // 2)[None].repeat(2, 0).astype(np.int32)
+    qkv = random(3 * block, 3 * block)
+    tame = results(kernel, qkv, ids, ids)
+    for found, expected in zip(tame, results(dense, qkv, ids, ids), strict=True):
+        np.testing.assert_allclose(found, expected, **FLOAT32)
+    for x in qkv:
+        x[:, 2 * block :] = np.nan
+    wild = results(kernel, qkv, ids, ids)
+    for found, expected in zip(wild[:2], tame[:2], strict=True):
+        np.testing.assert_array_equal(found, expected)  # of padding 0 and MASKED
+    for found, expected in zip(wild[2:], tame[2:], strict=True):
+        np.testing.assert_array_equal(found[:, : 2 * block], expected[:, : 2 * block])
+
+
+def test_what_prompts_cost_grows_with_them_and_not_with_the_row():
+    """16 prompts of 128 tokens, each before 896 patches: their blocks alone are multiplied."""
+    place = np.arange(16 * 1024)
+    ids = np.where(place % 1024 < 128, 1 + place // 1024, 0)[None].astype(np.int32)
+    assert tpu.scores(ids) == 16 * tpu.BLOCK**2
+    assert tpu.scores(0 * ids) == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+@pytest.mark.parametrize(
+    ("remat", "named"),
+    [("full", []), ("attention", ["attended", "attended"]), ("matmuls", ["attended", "attended"])],
+)
+def test_what_a_layer_saves_of_attention_is_what_its_remat_names(kernel, remat, named, capsys):
+    """The output and its log sum exp; without them the backward pass would attend once more."""
+    x_BLNK = np.ones((1, 8, 2, 16), np.float32)
+    ids_BL = np.ones((1, 8), np.int32)
+
+    def layer(x):
+        return jnp.sum(jnp.sin(kernel(x, x, x, ids_BL, ids_BL)[0]))
+
+    policy = dit.REMAT_POLICIES[remat].policy()
+    jax.ad_checkpoint.print_saved_residuals(jax.checkpoint(layer, policy=policy), x_BLNK)
+    saved = [
+        line for line in capsys.readouterr().out.splitlines() if "from the argument" not in line
+    ]
+    assert [line.split("named '")[1].split("'")[0] for line in saved if "named" in line] == named
 
 
 @every_kernel_and_lengths

@@ -26,24 +26,25 @@ class Visits(NamedTuple):
 def pad_ids(
     q_ids_BL: jax.Array, k_ids_BM: jax.Array, q_block: int, k_block: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Ids up to whole blocks: those added to either side are in nobody's segment."""
+    """Ids up to whole blocks. Tokens of padding, id 0 or added here, get what no other side has."""
 
     def pad(ids, block, value):
-        return jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)), constant_values=value)
+        ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)))
+        return jnp.where(ids > 0, ids, value)
 
     return pad(q_ids_BL, q_block, -1), pad(k_ids_BM, k_block, -2)
 
 
 def meeting(q_ids_BL: jax.Array, k_ids_BM: jax.Array, q_block: int, k_block: int) -> jax.Array:
-    """bool [B, i, j]: blocks whose ranges of ids overlap. Padding, id 0, counts as the last id.
+    """bool [B, i, j]: blocks whose ranges of ids overlap; padding is in no range.
 
     Blocks that share an id do; where ids rise along the row few others do.
     """
 
     def bounds(ids, block):
-        rising = jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max)
-        blocks = rising.reshape(len(ids), -1, block)
-        return blocks.min(-1), blocks.max(-1)
+        blocks = ids.reshape(len(ids), -1, block)
+        low = jnp.where(blocks > 0, blocks, jnp.iinfo(ids.dtype).max)
+        return low.min(-1), jnp.maximum(blocks, 0).max(-1)
 
     (q_low, q_high), (k_low, k_high) = bounds(q_ids_BL, q_block), bounds(k_ids_BM, k_block)
     return (q_low[:, :, None] <= k_high[:, None]) & (k_low[:, None] <= q_high[:, :, None])

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, Visits, meeting, pad_ids, visits
@@ -38,7 +39,7 @@ class _Blocks(NamedTuple):
     keys: int
     i: int  # blocks
     j: int
-    q_ids: jax.Array  # [B, i * queries], padded with what no key has
+    q_ids: jax.Array  # [B, i * queries], of padding what no key has
     k_ids: jax.Array
     of_queries: Visits  # of blocks of keys
     of_keys: Visits
@@ -62,8 +63,9 @@ def attend(
     """softmax(q k^T / sqrt(K)) v over the keys of each query's id, and its logarithmic denominator.
 
     Returns:
-        o_BLNK in q's dtype and lse_BNL in float32. A query whose id no key has gets 0 and `MASKED`.
-        Ids may stand in any order; it costs least where they rise along the row, padding (0) last.
+        o_BLNK in q's dtype and lse_BNL in float32. A query whose id no key has gets 0 and `MASKED`,
+        and so does padding, of id 0, which no one sees. Ids may stand in any order; it costs least
+        where they rise along the row, whatever padding is between them.
         With `tiles`, of rows that stand tile by tile, only the tiles of a window are seen.
     """
     return _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles)[0]
@@ -82,6 +84,7 @@ def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles):
         oT_HKL, lse_HL = _forward_loop(blocks, N, qT_HKL, k_HMK, _with_ones(vT_HKM))
     o_BLNK = oT_HKL.reshape(B, N, K, -1).transpose(0, 3, 1, 2)[:, :L].astype(q_BLNK.dtype)
     lse_BNL = lse_HL.reshape(B, N, -1)[..., :L]
+    o_BLNK, lse_BNL = (checkpoint_name(x, "attended") for x in (o_BLNK, lse_BNL))
     return (o_BLNK, lse_BNL), (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL)
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
@@ -69,7 +70,8 @@ def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles, interpret):
         interpret=interpret,
         compiler_params=_compiler(q, stages=3),
     )(of_queries, q_ids, k_ids, q, k, v)
-    o_BLNK, lse_BNL = o_BLNK[:, :L, :, :K], lse_BNL[..., :L]
+    found = o_BLNK[:, :L, :, :K], lse_BNL[..., :L]
+    o_BLNK, lse_BNL = (checkpoint_name(x, "attended") for x in found)
     return (o_BLNK, lse_BNL), (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL)
 
 

@@ -1,7 +1,7 @@
 """Attention inside segments: the one mask of packed rows, on one device or on many.
 
-Tokens see the tokens of their own segment, in both directions. Segment 0 is padding: it is a
-segment like the others, so its tokens see only each other and the softmax always has a finite row.
+Tokens see the tokens of their own segment, in both directions. Segment 0 is no segment but padding:
+its tokens see nothing and no one sees them, they get 0, and cost nothing where they fill blocks.
 """
 
 # B batch, L tokens, N heads, K head dim

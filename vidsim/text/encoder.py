@@ -73,6 +73,7 @@ class Encoder(nnx.Module):
         # Looked up in float32: the gradient sums over all tokens of a kind.
         table = weight(self.embedding, jnp.float32, whole=True)
         x_BLF = table[text_ids_BL].astype(dtype)
+        # What is no text is padding here, so attention costs what the prompts cost.
         segment_ids_BL = jnp.where(is_text_BL, segment_ids_BL, 0)
         for block in self.blocks:
             x_BLF = block(x_BLF, segment_ids_BL, positions_BL3)
