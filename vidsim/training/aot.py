@@ -9,18 +9,18 @@ compiled for a slice that is only named. What it makes of it is read from the pr
     interconnect  sum over mesh axes: what is sent along it / the bandwidth of its links
     roofline      the largest of these: all of them perfectly overlapped
     scheduled     sum over the operations of the larger of compute and memory, and of the exchange
-                  of what nothing runs beside
+                  of what nothing runs beside; exchanges follow each other
 
 The MFU that a time allows is model FLOPs (training/flops.py) / (time x devices x FLOP/s).
 """
 
 import collections
 import dataclasses
-import functools
 import importlib.util
 import os
 import re
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -176,17 +176,14 @@ def axes_of(one: hlo.Collective, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
 def estimate(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> Estimate:
     """What the operations of a program take at the least."""
     chip = chips.of(mesh.devices.flat[0])
-    seconds = functools.partial(_seconds, mesh)
     flops = sum(one.times * one.flops for one in operations)
     traffic = sum(one.times * one.bytes for one in operations)
     by_axes: dict[str, float] = collections.defaultdict(float)
-    scheduled = exposed = 0.0
-    for one in operations:
-        scheduled += one.times * max(one.flops / chip.flops, one.bytes / chip.bandwidth)
-        if one.collective:
-            taken, hidden = seconds(one)
-            by_axes["+".join(axes_of(one.collective, mesh))] += one.times * taken
-            exposed += one.times * (taken - hidden)
+    exposed = 0.0
+    for one, taken, hidden in _timed(operations, mesh):
+        by_axes["+".join(axes_of(one.collective, mesh))] += taken
+        exposed += taken - hidden
+    scheduled = sum(_busy(one, chip) for one in operations)
     return Estimate(
         flops,
         traffic,
@@ -198,38 +195,52 @@ def estimate(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> Estima
     )
 
 
-def _seconds(mesh: jax.sharding.Mesh, one: hlo.Operation) -> tuple[float, float]:
-    """(seconds of a collective, how many of them other operations run meanwhile)."""
+def _busy(one: hlo.Operation, chip: chips.Chip) -> float:
+    """Seconds of a step that an operation computes, or moves its operands."""
+    return one.times * max(one.flops / chip.flops, one.bytes / chip.bandwidth)
+
+
+def _timed(
+    operations: list[hlo.Operation], mesh: jax.sharding.Mesh
+) -> Iterator[tuple[hlo.Operation, float, float]]:
+    """Of each collective its seconds in a step, and how many of them other operations run beside.
+
+    Those that are under way together follow each other on the links: what runs meanwhile hides one
+    second of one of them a second, in the order in which they end.
+    """
     chip = chips.of(mesh.devices.flat[0])
-    taken = chips.seconds(
-        one.collective.kind, one.collective.sent, mesh, axes_of(one.collective, mesh)
-    )
-    meanwhile = sum(
-        other.times / one.times * max(other.flops / chip.flops, other.bytes / chip.bandwidth)
-        for other in one.hidden_by
-    )
-    return taken, min(taken, meanwhile)
+    left = {id(one): _busy(one, chip) for one in operations}
+    for one in operations:
+        if not one.collective:
+            continue
+        taken = one.times * chips.seconds(
+            one.collective.kind, one.collective.sent, mesh, axes_of(one.collective, mesh)
+        )
+        hidden = 0.0
+        for other in one.hidden_by:
+            share = min(left[id(other)], taken - hidden)
+            left[id(other)] -= share
+            hidden += share
+        yield one, taken, hidden
 
 
 def exchanges(operations: list[hlo.Operation], mesh: jax.sharding.Mesh) -> tuple[Exchange, ...]:
     """The collectives of a step by kind and mesh axes, the largest first."""
-    groups: dict[tuple[str, str], list[hlo.Operation]] = collections.defaultdict(list)
-    for one in operations:
-        if one.collective:
-            key = one.collective.kind, "+".join(axes_of(one.collective, mesh))
-            groups[key].append(one)
+    groups = collections.defaultdict(list)
+    for one, taken, hidden in _timed(operations, mesh):
+        key = one.collective.kind, "+".join(axes_of(one.collective, mesh))
+        groups[key].append((one, taken, hidden))
     found = []
     for (kind, axes), members in groups.items():
-        timed = [(one.times, *_seconds(mesh, one)) for one in members]
-        arrays = {(a.dtype, a.dims): a for one in members for a in one.collective.arrays}
+        arrays = {(a.dtype, a.dims): a for one, *_ in members for a in one.collective.arrays}
         found.append(
             Exchange(
                 kind,
                 axes,
-                sum(one.times for one in members),
-                sum(one.times * one.collective.sent for one in members),
-                sum(times * taken for times, taken, _ in timed),
-                sum(times * hidden for times, _, hidden in timed),
+                sum(one.times for one, *_ in members),
+                sum(one.times * one.collective.sent for one, *_ in members),
+                sum(taken for _, taken, _ in members),
+                sum(hidden for *_, hidden in members),
                 tuple(sorted(arrays.values(), key=lambda array: -array.bytes)),
             )
         )
