@@ -33,7 +33,6 @@ class ShardingRules:
     # Axes of data and activations.
     batch: MeshAxes = ("replica", "fsdp")
     length: MeshAxes = ("ring", "sequence")
-    frames: MeshAxes = None
     height: MeshAxes = ("ring", "sequence")  # of pixels, as tokens of a row are
     # Axes of parameters. An activation's width is None: batch already uses fsdp there. Devices that
     # share a row share the parameters as well; a ring may cross slices, so it holds copies.
@@ -59,6 +58,10 @@ class ShardingRules:
             remedy = f"did you mean {near[0]!r}?" if near else "known are " + ", ".join(table)
             raise InputError(f"logical axis {logical!r} has no rule; {remedy}")
         return getattr(self, logical)
+
+    def parts(self, mesh: jax.sharding.Mesh, logical: str) -> int:
+        """How many parts the mesh splits a logical axis into."""
+        return math.prod(mesh.shape[axis] for axis in mesh_axes(self.of(logical)))
 
     def spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
         """The partition of an array with these axes.

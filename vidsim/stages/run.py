@@ -33,6 +33,7 @@ from vidsim.export import models as exported
 from vidsim.models import discriminator, dit, vae
 from vidsim.models.autoencoder import Grid, Statistics
 from vidsim.parallel import mesh as meshes
+from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate, modes
 from vidsim.stages import curriculum, sections
 from vidsim.text import encoder, tokenizer
@@ -244,7 +245,7 @@ class Run:
 
     def batch_devices(self) -> int:
         """How many parts a batch is split into."""
-        return self.mesh.shape["replica"] * self.mesh.shape["fsdp"]
+        return ShardingRules().parts(self.mesh, "batch")
 
     def path(self, *parts: str) -> pathlib.Path:
         return self.workdir.joinpath(*parts)

@@ -1,6 +1,5 @@
 """One training step for every model: gradients, optimizer, EMAs, a guard against bad numbers."""
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -135,7 +134,7 @@ def make_step(
 def _microbatches(batch, count: int, mesh: jax.sharding.Mesh, rules: ShardingRules):
     """A batch in `count` parts along a new first axis; every device keeps the rows that it has."""
     rows = jax.tree.leaves(batch)[0].shape[0]
-    devices = math.prod(mesh.shape[axis] for axis in sharding.mesh_axes(rules.batch))
+    devices = rules.parts(mesh, "batch")
     if rows % (count * devices):
         raise InputError(
             f"optimizer.accumulate={count} does not divide the {rows // devices} rows that each of "
