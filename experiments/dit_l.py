@@ -25,7 +25,13 @@ def get_config() -> ConfigDict:
     (images,) = config.dit.earlier
     config.dit.earlier = (
         {**images, "steps": 160_000},
-        {**images, "steps": 120_000, "max_frames": 121, "image_share": 0.3},
+        {
+            **images,
+            "steps": 120_000,
+            "max_frames": 121,
+            "image_share": 0.3,
+            "max_segments": config.dit.pack.max_segments,
+        },
     )
     config.dit.loop.update(steps=400_000)
     return config

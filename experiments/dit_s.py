@@ -35,12 +35,15 @@ def get_config() -> ConfigDict:
         dtype="bfloat16",
         base_width=384,
     )
-    dit.text.update(vocabulary=32_768, features=128, depth=2, heads=1, max_tokens=256)
+    dit.text.update(
+        vocabulary=32_768, features=128, depth=2, heads=1, max_tokens=256, base_features=128
+    )
     dit.times.update(shift_min=1.0)
     dit.conditions.update(
         given_rate=0.25, two_times_rate=0.25, prefix_rate=0.5, noisy_given_rate=0.5
     )
-    dit.pack.update(lengths=(16_384,), rows=32, max_segments=64)
+    # Modulation is computed for every segment that a row may have: few, where videos fill rows.
+    dit.pack.update(lengths=(16_384,), rows=32, max_segments=16)
     dit.earlier = (
         {
             "steps": 100_000,
@@ -49,6 +52,7 @@ def get_config() -> ConfigDict:
             "image_share": 1.0,
             "lengths": (16_384,),
             "rows": 32,
+            "max_segments": 64,
         },
     )
     dit.optimizer.update(

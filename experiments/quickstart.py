@@ -173,6 +173,7 @@ def get_config() -> ConfigDict:
                     "depth": 0,  # the transformer itself mixes the tokens of a prompt
                     "heads": 2,
                     "max_tokens": 24,
+                    "base_features": 0,
                 },
                 "loss": {"t_min": 0.05, "noisy_given_max": 0.3},
                 "times": {"mean": 0.0, "std": 1.0, "shift_min": 6.0, "shift_max": 16.0},

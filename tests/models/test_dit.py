@@ -27,7 +27,7 @@ CONFIG = dit.Config(
     operands="",
     base_width=0,
 )
-TEXT = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4)
+TEXT = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4, base_features=0)
 L, P, M = 16, 6, 3
 TIMES = np.array([[0.0, 0.4, 0.8], [0.0, 0.9, 0.2], [0.0, 0.6, 0.5]], np.float32)
 # The same sums over a row whose other columns are masked, or ordered otherwise; values around 1.
@@ -207,6 +207,41 @@ def test_rematerialised_equals_stored_and_unrolled_equals_scanned(
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), stored, again
     )
+
+
+def test_quantised_products_in_scanned_layers_made_again_are_near_the_plain_ones(
+    params, plain_gradient
+):
+    pytest.importorskip("qwix", reason="needs qwix: pip install -e '.[quantised]'")
+    row, _ = row_of(*SAMPLES)
+    mask = np.ones((1, L), bool)
+    config = dataclasses.replace(CONFIG, remat="full", operands="int8")
+    pairs = zip(
+        *(
+            jax.tree.leaves(found(params, row, mask))
+            for found in (gradient_of(config), plain_gradient)
+        ),
+        strict=True,
+    )
+    for found, plain in pairs:
+        # Rounding to 1/254 of the largest of a row, through two layers and their gradients.
+        assert 0 < np.linalg.norm(found - plain) < 0.1 * np.linalg.norm(plain)
+
+
+def test_text_comes_in_alike_and_learns_alike_from_any_number_of_features():
+    """Normalised features of size 1: updates of one size add up over them."""
+    sizes, steps = {}, {}
+    for features in (64, 512):
+        text = dataclasses.replace(TEXT, features=features, base_features=64)
+        kernel = dit.input_init(1.0, text.widening)(jax.random.key(0), (features, 256), "float32")
+        ones = jax.random.rademacher(jax.random.key(1), (16, features), "float32")
+        sizes[features] = float(jnp.std(ones @ kernel))
+        steps[features] = dit.adam_factor(CONFIG, text, "text_in/kernel") * features
+    assert sizes[512] == pytest.approx(sizes[64], rel=0.1)  # 4096 values, of 64 random directions
+    assert steps[512] == steps[64] == 64
+    assert dit.adam_factor(CONFIG, text, "patches_in/kernel") == 1
+    with pytest.raises(InputError, match="base_features=-1 is negative"):
+        dataclasses.replace(TEXT, base_features=-1)
 
 
 def test_the_time_index_selects_the_time(params):

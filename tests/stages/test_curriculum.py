@@ -21,6 +21,7 @@ IMAGES = {
     "image_share": 1.0,
     "lengths": (512,),
     "rows": 16,
+    "max_segments": 9,
 }
 
 
@@ -33,7 +34,7 @@ def test_phases_follow_each_other_and_differ_in_what_they_name():
     steps = [(phase.first, phase.end) for phase in (first, second, last)]
     assert steps == [(0, 60), (60, 70), (70, 100)]
     assert first.latents == latents.Config(65_536, 1, 1_000_000, 16, 64.0)
-    assert first.pack == packing.Config((512,), 16, 4)
+    assert first.pack == packing.Config((512,), 16, 9)
     assert first.mix == sources.Mix({"films": 2.0}, 1.0)
     assert second.pack.rows == 32
     assert (last.latents, last.pack, last.mix) == (LAST.latents, LAST.pack, LAST.mix)

@@ -9,7 +9,7 @@ from vidsim.text import encoder
 
 # L tokens, F features
 
-CONFIG = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4)
+CONFIG = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4, base_features=0)
 GRAPH, ABSTRACT = nnx.split(nnx.eval_shape(lambda: encoder.Encoder(CONFIG, nnx.Rngs(0))))
 # Two prompts of three tokens, their patches, and padding.
 SEGMENTS = np.array([1, 1, 1, 1, 2, 2, 2, 2, 0, 0])

@@ -15,7 +15,7 @@ from vidsim.training import objectives, optimizer, state, step
 
 B, L, P, M = 4, 16, 6, 2
 CONFIG = dit.Config(16, 1, 2, 24, 1, "x0", "none", 1, "float32", "", 0)
-TEXT = encoder.Config(vocabulary=8, features=8, depth=0, heads=2, max_tokens=4)
+TEXT = encoder.Config(vocabulary=8, features=8, depth=0, heads=2, max_tokens=4, base_features=0)
 TIMES = time_sampling.Config(mean=0.0, std=1.0, shift_min=1.0, shift_max=16.0)
 RULES = ShardingRules()
 

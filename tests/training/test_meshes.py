@@ -7,11 +7,11 @@ import textwrap
 
 import pytest
 
-# By a text encoder of so many layers and a list of meshes, prints a JSON line: for each mesh how
-# far loss, gradients (Adam's first moments are a tenth of them) and parameters are from those of
-# one device, relative to their largest value.
+# By a text encoder of so many layers, a list of meshes and the parts that they take a batch in,
+# prints a JSON line: for each mesh how far loss, gradients (Adam's first moments are a tenth of
+# them) and parameters are from those of one device, relative to their largest value.
 CODE = """
-    import json, sys
+    import dataclasses, json, sys
     import jax, numpy as np, optax
     from vidsim.models import dit
     from vidsim.parallel import mesh as meshes, multihost
@@ -23,13 +23,16 @@ CODE = """
     B, L, M, P = 8, 48, 3, 6
     model = dit.Config(32, 2, 8, 64, 1, "x0", "attention", 1, "float32", "", 0)
     depth = int(sys.argv[1])
-    text = encoder.Config(vocabulary=24, features=32, depth=depth, heads=8, max_tokens=4)
+    text = encoder.Config(
+        vocabulary=24, features=32, depth=depth, heads=8, max_tokens=4, base_features=0
+    )
     make = lambda rngs: dit.DiT(model, text, P, rngs)
     times = time_sampling.Config(0.0, 1.0, 1.0, 16.0)
     objective = objectives.bind(
         objectives.dit_loss, state.graph_of(make), "x0", times, objectives.DiTLoss(0.05, 0.3)
     )
     optim = optimizer.Config(1e-2, "widening", "float32", 1e-2, 0.0, 0, 1, 1.0, ())
+    in_parts = dataclasses.replace(optim, accumulate=int(sys.argv[3]))
     # No clipping: it would hide a factor that all gradients have in common.
     tx = optax.adam(1e-2, eps=1e-3)
     rules = ShardingRules()
@@ -56,7 +59,7 @@ CODE = """
     first = state.TrainState(np.int32(0), params, {}, tx.init(params))
     first = jax.tree.map(np.array, first)  # steps give the buffers away
 
-    def train(mesh):
+    def train(mesh, optim):
         shardings = state.shardings(
             make, tx, (), state.shardings_of_params(make, mesh, rules)
         )
@@ -72,11 +75,11 @@ CODE = """
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
         return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
 
-    alone = train(meshes.make(meshes.Config(), jax.devices()[:1]))
+    alone = train(meshes.make(meshes.Config(), jax.devices()[:1]), optim)
     found = {}
     for sizes in json.loads(sys.argv[2]):
         made = meshes.make(meshes.Config(**dict(zip(meshes.AXES, sizes, strict=True))))
-        found[str(sizes)] = [difference(*pair) for pair in zip(train(made), alone)]
+        found[str(sizes)] = [difference(*pair) for pair in zip(train(made, in_parts), alone)]
     print(json.dumps(found))
 """
 # Replica, ring, fsdp, sequence, tensor.
@@ -84,15 +87,17 @@ MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=5) if math.p
 
 
 @pytest.mark.parametrize(
-    ("text_depth", "meshes"),
+    ("text_depth", "meshes", "parts"),
     [
-        pytest.param(0, MESHES[::2], id="half of them"),
-        pytest.param(0, MESHES[1::2], id="the other half"),
-        pytest.param(1, [(1, 2, 1, 2, 2), (2, 1, 2, 2, 1)], id="with layers of text"),
+        pytest.param(0, MESHES[::2], 1, id="half of them"),
+        pytest.param(0, MESHES[1::2], 1, id="the other half"),
+        pytest.param(
+            1, [(1, 2, 1, 2, 2), (2, 1, 2, 2, 1)], 2, id="with layers of text, in microbatches"
+        ),
     ],
 )
-def test_every_mesh_of_eight_equals_one_device(new_process, text_depth, meshes):
-    arguments = textwrap.dedent(CODE), text_depth, json.dumps(meshes)
+def test_every_mesh_of_eight_equals_one_device(new_process, text_depth, meshes, parts):
+    arguments = textwrap.dedent(CODE), text_depth, json.dumps(meshes), parts
     found = new_process("-c", *arguments, JAX_NUM_CPU_DEVICES="8", JAX_PLATFORMS="cpu").summary
     assert len(found) == len(meshes)
     for sizes, (loss, gradients, params) in found.items():

@@ -29,7 +29,9 @@ CONFIG = optimizer.Config(
 @pytest.fixture(scope="module")
 def dit_params():
     config = dit.Config(32, 2, 2, 48, 1, "x0", "none", 1, "float32", "", base_width=16)
-    text = encoder.Config(vocabulary=20, features=16, depth=1, heads=2, max_tokens=4)
+    text = encoder.Config(
+        vocabulary=20, features=16, depth=1, heads=2, max_tokens=4, base_features=0
+    )
     return state.abstract_params(lambda rngs: dit.DiT(config, text, 6, rngs))
 
 

@@ -95,6 +95,7 @@ TWO_PHASES = """
                 "image_share": 0.5,
                 "lengths": (64,),
                 "rows": 8,
+                "max_segments": 4,
             }},
         )
         return config

@@ -112,7 +112,7 @@ def test_model_flops_are_those_of_the_program_of_a_whole_row():
 
     L, P = 512, 64
     config = dit.Config(64, 3, 4, 256, 1, "x0", "none", 1, "float32", "", 0)
-    text = encoder.Config(vocabulary=8, features=8, depth=0, heads=1, max_tokens=4)
+    text = encoder.Config(vocabulary=8, features=8, depth=0, heads=1, max_tokens=4, base_features=0)
     graph, params = nnx.split(nnx.eval_shape(lambda: dit.DiT(config, text, P, nnx.Rngs(0))))
 
     def forward(params, patches, ids, positions, index):

@@ -122,24 +122,25 @@ class Config:
 _SUMMED_OVER_WIDTH = ("time/second/", "modulation/", "head_modulation/", "head/")
 
 
-def adam_factor(config: Config, name: str) -> float:
+def adam_factor(config: Config, text: encoder.Config, name: str) -> float:
     """What AdamW's rate of a parameter is multiplied by, for muP (Table 8, arXiv:2203.03466).
 
     With Muon's spectral scale on the hidden matrices, and heads of one dimension at all widths,
     every update then moves activations by as much at any width, and the best rates of a narrow
-    network are those of a wide one.
+    network are those of a wide one. Updates of the map of text add up over its features.
     """
+    if name.startswith("text_in/"):
+        return 1.0 / text.widening
     return 1.0 / config.widening if name.startswith(_SUMMED_OVER_WIDTH) else 1.0
 
 
-def input_init(widening: float):
-    """Xavier of the base width, whatever the width: what comes in has the same size at all."""
+def input_init(widening: float, of_inputs: float = 1.0):
+    """Xavier of the base width and inputs: what comes in has the same size, whatever both are."""
 
     def init(key, shape, dtype):
         fan_in, fan_out = shape
-        return (
-            xavier(key, shape, dtype) * ((fan_in + fan_out) / (fan_in + fan_out / widening)) ** 0.5
-        )
+        variance = (fan_in + fan_out) / (fan_in + fan_out * of_inputs / widening)
+        return xavier(key, shape, dtype) * variance**0.5
 
     return init
 
@@ -204,9 +205,10 @@ class DiT(nnx.Module):
         self.config = config
         width = config.width
         self.text = encoder.Encoder(text, rngs)
-        init = input_init(config.widening)
-        self.patches_in = Linear(patch_values, width, axes=(None, "embed"), rngs=rngs, init=init)
-        self.text_in = Linear(text.features, width, axes=(None, "embed"), rngs=rngs, init=init)
+        axes, init = (None, "embed"), input_init(config.widening)
+        self.patches_in = Linear(patch_values, width, axes=axes, rngs=rngs, init=init)
+        init = input_init(config.widening, text.widening)
+        self.text_in = Linear(text.features, width, axes=axes, rngs=rngs, init=init)
         self.time = TimeEmbedding(width, config.widening, rngs=rngs)
         zeros = nnx.initializers.zeros
         self.modulation = Linear(

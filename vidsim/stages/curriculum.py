@@ -26,6 +26,7 @@ class Earlier:
     image_share: float  # as in `data`
     lengths: tuple[int, ...]  # as in `dit.pack`
     rows: int
+    max_segments: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,8 @@ def phases(earlier: Sequence[Mapping], last: Phase) -> tuple[Phase, ...]:
                 f"dit.loop.steps={last.end}; give 1 step or more to each phase and to the last"
             )
         cached = dataclasses.replace(last.latents, area=own.area, max_frames=own.max_frames)
-        pack = dataclasses.replace(last.pack, lengths=own.lengths, rows=own.rows)
+        packed = {name: getattr(own, name) for name in ("lengths", "rows", "max_segments")}
+        pack = dataclasses.replace(last.pack, **packed)
         mix = dataclasses.replace(last.mix, image_share=own.image_share)
         found.append(Phase(first, first + own.steps, CACHE, cached, pack, mix))
         first += own.steps

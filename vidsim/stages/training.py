@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,7 +21,7 @@ from vidsim.evaluation import evaluator
 from vidsim.export import models as exported
 from vidsim.models import dit, vae
 from vidsim.parallel import multihost
-from vidsim.parallel.sharding import ShardingRules
+from vidsim.parallel.sharding import ShardingRules, mesh_axes
 from vidsim.sampling import generate
 from vidsim.stages import curriculum
 from vidsim.stages.run import Run, average, latent_mark, load_vae, vae_only
@@ -39,8 +38,6 @@ from vidsim.training import (
     throughput,
     vae_losses,
 )
-
-_ROWS, _TOKENS = ("replica", "fsdp"), ("ring", "sequence")  # mesh axes that split them
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -196,14 +193,15 @@ def dit_task(run: Run) -> Task:
         make_model=make_model,
         objective=objective,
         work=work,
-        adam_factor=functools.partial(dit.adam_factor, run.dit),
+        adam_factor=functools.partial(dit.adam_factor, run.dit, run.text),
     )
 
 
 def check_divides(rows: int, lengths: Sequence[int], mesh: jax.sharding.Mesh) -> None:
     """Raises InputError where packs of `rows` do not divide over the mesh."""
-    for what, sizes, axes in (("rows", (rows,), _ROWS), ("tokens a row", lengths, _TOKENS)):
-        parts = math.prod(mesh.shape[axis] for axis in axes)
+    rules = ShardingRules()
+    for what, sizes, logical in (("rows", (rows,), "batch"), ("tokens a row", lengths, "length")):
+        parts, axes = rules.parts(mesh, logical), mesh_axes(rules.of(logical))
         for size in sizes:
             if size % parts:
                 raise InputError(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidsim.attention import segments
+from vidsim.errors import InputError
 from vidsim.layers.linear import Linear, SwiGLU
 from vidsim.layers.norms import RMSNorm, rms_normalise
 from vidsim.layers.parameter import parameter, weight
@@ -26,6 +27,16 @@ class Config:
     depth: int
     heads: int
     max_tokens: int  # longest prompt
+    base_features: int  # the features that learning rates are found at (muP); 0: these
+
+    def __post_init__(self):
+        if self.base_features < 0:
+            raise InputError(f"base_features={self.base_features} is negative; use features, or 0")
+
+    @property
+    def widening(self) -> float:
+        """How many times more features there are than learning rates are found at."""
+        return self.features / (self.base_features or self.features)
 
 
 class Block(nnx.Module):
