@@ -4,7 +4,6 @@ import importlib.util
 
 import pytest
 
-from vidsim.stages import compiling
 from vidsim.training import aot
 
 needs_compiler = pytest.mark.skipif(
@@ -28,6 +27,12 @@ def test_without_a_compiler_its_package_is_named(vidsim, config, monkeypatch):
 
 def test_an_experiment_without_a_topology_needs_the_flag(vidsim, config):
     refused(vidsim("compile", f"--config={config}"), "names no topology", "give --topology")
+
+
+def test_a_search_for_the_autoencoder_is_refused(vidsim, config, monkeypatch):
+    monkeypatch.setattr(aot, "devices_of", lambda topology: [])
+    arguments = ("--topology=v5p:2x2x1", "--search", "--model=vae")
+    refused(vidsim("compile", f"--config={config}", *arguments), "--search varies fields", "leave")
 
 
 @needs_compiler
@@ -99,16 +104,3 @@ def test_a_program_that_is_too_large_is_told_by_how_much():
     assert not result.fits
     assert result.memory.peak == 120.5 * chips.GIB
     assert result.estimate is None
-
-
-def test_meshes_of_a_search_give_each_device_rows_and_heads():
-    import types
-
-    run = types.SimpleNamespace(
-        pack=types.SimpleNamespace(rows=4), dit=types.SimpleNamespace(heads=6)
-    )
-    found = [tuple(mesh.values()) for mesh in compiling.shapes_of_mesh(run, 8)]
-    # replica, ring, fsdp, sequence, tensor: 4 rows take at most 4 of fsdp, 6 heads 2 of sequence.
-    assert set(found) == {(1, 2, 4, 1, 1), (1, 4, 2, 1, 1), (1, 1, 4, 2, 1), (1, 2, 2, 2, 1)} | {
-        (1, 4, 1, 2, 1)
-    }

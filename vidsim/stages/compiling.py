@@ -4,8 +4,9 @@ A row of packs is taken as one sample of its whole length, the dearest that it c
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from vidsim import trees
 from vidsim.data import packing
 from vidsim.errors import InputError
 from vidsim.export import models as exported
+from vidsim.models import dit
 from vidsim.parallel import chips
 from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
@@ -24,8 +26,10 @@ from vidsim.stages.planning import Table
 from vidsim.stages.run import Run
 from vidsim.training import aot, flops, state, step
 
-# From what computes the least again to what takes the least memory.
-REMATS = ("none", "matmuls", "attention", "full")
+# From what computes the least again to what takes the least memory. Copies to the host are not in
+# the estimate, so what makes them is the last.
+REMATS = ("none", "matmuls", "attention", "full", "offload")
+ACCUMULATE = (1, 2, 4, 8)
 
 
 class Case(NamedTuple):
@@ -39,6 +43,35 @@ class Case(NamedTuple):
     @property
     def parameters(self) -> int:
         return trees.count(state.abstract_params(self.task.make_model))
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """Whose step is compiled, and on how much; what is 0 or empty is the experiment's."""
+
+    model: str = "dit"
+    length: int = 0  # tokens of a row
+    rows: int = 0
+    clip: str = ""  # of the autoencoder: FRAMESxHEIGHTxWIDTH
+    clips: int = 0  # by default one a device
+
+
+def case_of(run: Run, mesh: jax.sharding.Mesh, asked: Asked) -> Case:
+    """What a run trains on a step on a mesh.
+
+    Raises:
+      InputError: the autoencoder without a clip, or with one that it cannot take.
+    """
+    if asked.model == "dit":
+        return rows_case(run, asked.length or None, asked.rows or None)
+    try:
+        frames, height, width = map(int, asked.clip.split("x"))
+    except ValueError as error:
+        raise InputError(
+            f"--clip={asked.clip!r} is no FRAMESxHEIGHTxWIDTH; give one such as 81x480x832"
+        ) from error
+    clips = asked.clips or ShardingRules().parts(mesh, "batch")
+    return clips_case(run, (frames, height, width), clips)
 
 
 def rows_case(run: Run, length: int | None = None, rows: int | None = None) -> Case:
@@ -106,6 +139,36 @@ def step_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
     return aot.compile_program(jax.jit(made.step, donate_argnums=0), arguments, mesh)
 
 
+def held(run: Run, case: Case, mesh: jax.sharding.Mesh) -> dict[str, int]:
+    """Bytes of a device by part of the state: parameters, each average, the optimizer's moments."""
+    made = training.program(run, case.task, mesh)
+    return state.bytes_on_a_device(state.abstract(case.task.make_model, made.tx, made.shardings))
+
+
+def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> dict:
+    """Compiles init and step of an experiment for a slice; `say` is told what is for people."""
+    mesh = meshes.make(run.mesh_config, devices)
+    case = case_of(run, mesh, asked)
+    say(f"{run.config['name']}, {case.text}: mesh {dict(mesh.shape)}")
+    parts = held(run, case, mesh)
+    rows = [(name, f"{size / chips.GIB:.2f}") for name, size in parts.items()]
+    say(Table("state of a device", ("", "GiB"), rows, ()))
+    init, step = init_of(run, case, mesh), step_of(run, case, mesh)
+    for table in tables(step, case, mesh):
+        say(table)
+    fits = init.fits and step.fits
+    say(f"verdict: {'fits' if fits else 'does not fit'}")
+    return {
+        "mesh": dict(mesh.shape),
+        "parameters": case.parameters,
+        "batch": case.text,
+        "fits": fits,
+        "state_gib": {name: round(size / chips.GIB, 3) for name, size in parts.items()},
+        "init": told(init, case, mesh),
+        "step": told(step, case, mesh),
+    }
+
+
 def mfu(case: Case, seconds: float, mesh: jax.sharding.Mesh) -> float:
     """The share of what the slice can that a step of so many seconds uses."""
     return case.flops / (seconds * mesh.devices.size * chips.of(mesh.devices.flat[0]).flops)
@@ -124,7 +187,7 @@ def told(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> dict:
             "flops": {
                 "model": case.flops,
                 "program": result.estimate.flops * mesh.devices.size,
-                "xla_once_a_loop": result.xla_flops * mesh.devices.size,
+                "xla_once_a_loop": result.xla_flops and result.xla_flops * mesh.devices.size,
             },
             "seconds": {**result.estimate.parts, "scheduled": result.estimate.scheduled},
             "interconnect_seconds": result.estimate.interconnect,
@@ -181,13 +244,15 @@ def tables(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> Iterator[
         )
     ]
     share = case.flops / mesh.devices.size / found.flops
-    notes = (
+    notes = [
         f"of {found.flops / 1e12:.1f} TFLOP a device at {chip.flops / 1e12:.0f} TFLOP/s, "
         f"{100 * share:.1f} % are the model's; {found.traffic / 1e9:.0f} GB at "
         f"{chip.bandwidth / 1e9:.0f} GB/s",
-        f"XLA itself tells {result.xla_flops / 1e12:.1f} TFLOP: the body of a loop once, no kernel",
         f"scheduled: {1e3 * found.exposed:.1f} ms are exchanges that nothing runs beside",
-    )
+    ]
+    if result.xla_flops is not None:
+        tera = result.xla_flops / 1e12
+        notes.append(f"XLA itself tells {tera:.1f} TFLOP: the body of a loop once, no kernel")
     yield Table("a step at the least, and the MFU it allows", ("", "ms", "%"), rows, notes)
     rows = [
         (
@@ -217,38 +282,92 @@ class Choice:
     peak_gib: float
 
 
-def search(run_with, case_of, devices) -> Iterator[Choice]:
-    """Yields what fits of microbatch x remat x mesh: of each mesh and microbatch, the fastest.
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A mesh and a microbatch that are no choice."""
+
+    mesh: dict[str, int]
+    accumulate: int
+    why: str
+
+
+def search(run_with, asked: Asked, devices) -> Iterator[Choice | Refusal]:
+    """Yields of each mesh and microbatch that rows, tokens and heads divide over what fits, if any.
 
     Args:
       run_with: the experiment as a `Run` with fields of another value, by their dotted names.
-      case_of: what a run trains on a step on a mesh.
 
     Of the remats the first that fits is taken: those after it compute more again.
+
+    Raises:
+      InputError: another model than the transformer, or no mesh that its rows divide over.
     """
-    for mesh in shapes_of_mesh(run_with({}), len(devices)):
-        for accumulate in (1, 2, 4, 8):
-            for remat in REMATS:
-                fields = {f"mesh.{axis}": size for axis, size in mesh.items()}
-                fields |= {"dit.model.remat": remat, "dit.optimizer.accumulate": accumulate}
-                run = run_with(fields)
-                try:
-                    made = meshes.make(run.mesh_config, devices)
-                    case = case_of(run, made)
-                    result = step_of(run, case, made)
-                except InputError:
-                    break  # it does not divide, and no other remat will
-                if result.fits:
-                    seconds = result.estimate.scheduled
-                    peak = result.memory.peak / chips.GIB
-                    yield Choice(mesh, accumulate, remat, seconds, mfu(case, seconds, made), peak)
-                    break
+    if asked.model != "dit":
+        raise InputError(
+            f"--search varies fields of the transformer, and --model={asked.model} has none of "
+            "them; leave --search out and give a mesh, such as --config.mesh.sequence=4"
+        )
+    run = run_with({})
+    rows, length = rows_case(run, asked.length or None, asked.rows or None).batch["text_ids_BL"][0]
+    shapes = list(shapes_of_mesh(run.dit, rows, length, len(devices)))
+    if not shapes:
+        raise InputError(
+            f"{rows} rows of {length} tokens divide over no mesh of {len(devices)} devices; give "
+            "--rows and --length of more powers of two"
+        )
+    for mesh in shapes:
+        for accumulate in ACCUMULATE:
+            if rows % (mesh["fsdp"] * accumulate) == 0:
+                yield _first_that_fits(run_with, asked, devices, mesh, accumulate)
 
 
-def shapes_of_mesh(run: Run, devices: int) -> Iterator[dict[str, int]]:
-    """Meshes that give every device of a batch axis a row, and each token its heads."""
-    for sequence in (2**n for n in range(devices.bit_length())):
-        for ring in (1, 2, 4):
-            fsdp, rest = divmod(devices, sequence * ring)
-            if not rest and fsdp and run.pack.rows % fsdp == 0 and run.dit.heads % sequence == 0:
-                yield {"replica": 1, "ring": ring, "fsdp": fsdp, "sequence": sequence, "tensor": 1}
+def _first_that_fits(run_with, asked: Asked, devices, mesh, accumulate) -> Choice | Refusal:
+    fields = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    fields["dit.optimizer.accumulate"] = accumulate
+    for remat in REMATS:
+        run = run_with(fields | {"dit.model.remat": remat})
+        try:
+            made = meshes.make(run.mesh_config, devices)
+            case = case_of(run, made, asked)
+            result = step_of(run, case, made)
+        except InputError as error:  # which no other remat mends
+            return Refusal(mesh, accumulate, str(error))
+        if result.fits:
+            seconds = result.estimate.scheduled
+            peak = result.memory.peak / chips.GIB
+            return Choice(mesh, accumulate, remat, seconds, mfu(case, seconds, made), peak)
+    return Refusal(mesh, accumulate, f"does not fit with any remat of {', '.join(REMATS)}")
+
+
+def found(run_with, asked: Asked, devices, say: Callable[[object], None]) -> dict:
+    """What a search finds: the choice of the least scheduled time, the others, what is none."""
+    choices, refused = [], []
+    for one in search(run_with, asked, devices):
+        (choices if isinstance(one, Choice) else refused).append(one)
+        say(one)
+    choices.sort(key=lambda choice: choice.seconds)
+    rows = [dataclasses.asdict(choice) for choice in choices]
+    return {
+        "fits": bool(rows),
+        "best": rows[0] if rows else None,
+        "others": rows[1:],
+        "refused": [dataclasses.asdict(one) for one in refused],
+    }
+
+
+def shapes_of_mesh(
+    config: dit.Config, rows: int, length: int, devices: int
+) -> Iterator[dict[str, int]]:
+    """Meshes of one replica that give each device as many rows, tokens, heads and hidden units.
+
+    Ring and tensor are 4 at most.
+    """
+    for sequence, ring, tensor in itertools.product(
+        [2**n for n in range(devices.bit_length())], (1, 2, 4), (1, 2, 4)
+    ):
+        fsdp, rest = divmod(devices, sequence * ring * tensor)
+        sizes = ((rows, fsdp), (length, ring * sequence), (config.heads, tensor * sequence))
+        sizes += ((config.mlp_hidden, tensor),)
+        if not rest and fsdp and not any(size % parts for size, parts in sizes):
+            shape = {"ring": ring, "fsdp": fsdp, "sequence": sequence, "tensor": tensor}
+            yield {"replica": 1, **shape}

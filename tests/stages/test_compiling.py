@@ -1,0 +1,176 @@
+"""What `vidsim compile` tells and searches, of programs that are not compiled."""
+
+import copy
+import json
+import pathlib
+import runpy
+import types
+
+import numpy as np
+import pytest
+
+from vidsim.errors import InputError
+from vidsim.parallel import chips
+from vidsim.stages import compiling
+from vidsim.stages.run import Run
+from vidsim.training import aot, hlo
+
+TINY = pathlib.Path(__file__).parents[1] / "tiny.py"
+CONFIG = json.loads(json.dumps(runpy.run_path(str(TINY))["get_config"]().to_dict()))
+
+
+def run_with(fields: dict) -> Run:
+    config = copy.deepcopy(CONFIG)
+    for name, value in fields.items():
+        *sections, last = name.split(".")
+        section = config
+        for one in sections:
+            section = section[one]
+        section[last] = value
+    return Run(config, "")
+
+
+def result(peak_gib: float, seconds: float = 1.0, exchanges=(), xla_flops=None) -> aot.Result:
+    limit = 95 * chips.GIB
+    memory = aot.Memory(chips.GIB, chips.GIB, peak_gib * chips.GIB, limit)
+    estimate = aot.Estimate(1e12, 1e9, 0.5, 0.1, {"fsdp": 0.2}, seconds, 0.1)
+    return aot.Result(memory, peak_gib <= 95, 1.0, estimate, exchanges, xla_flops)
+
+
+@pytest.fixture
+def slice_of(monkeypatch):
+    """Devices of a slice that is not there, and meshes of them."""
+
+    def make(config, devices):
+        sizes = {axis: getattr(config, axis) for axis in compiling.meshes.AXES}
+        shape = tuple(sizes.values())
+        return types.SimpleNamespace(
+            shape=sizes, devices=np.array(devices, object).reshape(shape), axis_names=tuple(sizes)
+        )
+
+    monkeypatch.setattr(compiling.meshes, "make", make)
+    return lambda count: [types.SimpleNamespace(device_kind="TPU v5") for _ in range(count)]
+
+
+def test_a_search_takes_of_each_mesh_and_microbatch_the_least_remat_that_fits(
+    slice_of, monkeypatch
+):
+    tried = []
+
+    def step_of(run, case, mesh):
+        accumulate = run.optimizers["dit"].accumulate
+        tried.append((case.batch["text_ids_BL"][0], tuple(mesh.shape.values()), run.dit.remat))
+        if mesh.shape["tensor"] > 1:
+            raise InputError("axis 'heads' does not divide")
+        order = compiling.REMATS.index(run.dit.remat)
+        return result(120 - 10 * order - 10 * accumulate, seconds=10 - order / mesh.shape["fsdp"])
+
+    monkeypatch.setattr(compiling, "step_of", step_of)
+    monkeypatch.setattr(compiling.training, "dit_task", lambda run: None)
+    asked = compiling.Asked(rows=4, length=64)
+    told = []
+    found = compiling.found(run_with, asked, slice_of(4), told.append)
+    assert {batch for batch, *_ in tried} == {(4, 64)}
+    # replica, ring, fsdp, sequence, tensor: 2 heads divide over sequence x tensor.
+    meshes = {mesh for _, mesh, _ in tried}
+    assert meshes == {(1, 1, 4, 1, 1), (1, 2, 2, 1, 1), (1, 4, 1, 1, 1), (1, 1, 2, 2, 1)} | {
+        (1, 2, 1, 2, 1),
+        (1, 1, 2, 1, 2),
+        (1, 2, 1, 1, 2),
+    }
+    choices = [found["best"], *found["others"]]
+    assert len(told) == len(choices) + len(found["refused"])
+    by_parts = {1: "attention", 2: "matmuls", 4: "none"}
+    assert {(one["accumulate"], one["remat"]) for one in choices} == set(by_parts.items())
+    assert found["best"]["seconds"] == min(one["seconds"] for one in choices)
+    assert all(one["accumulate"] * one["mesh"]["fsdp"] <= 4 for one in choices)
+    assert {one["why"] for one in found["refused"]} == {"axis 'heads' does not divide"}
+    assert all(one["mesh"]["tensor"] == 2 for one in found["refused"])
+
+
+def test_what_fits_with_no_remat_is_told_and_offload_is_the_last_that_is_tried(
+    slice_of, monkeypatch
+):
+    tried = []
+
+    def step_of(run, case, mesh):
+        tried.append(run.dit.remat)
+        return result(100)
+
+    monkeypatch.setattr(compiling, "step_of", step_of)
+    found = list(compiling.search(run_with, compiling.Asked(rows=1), slice_of(1)))
+    assert tried[-1] == "offload" and set(tried) == set(compiling.dit.REMAT_POLICIES)
+    assert [type(one) for one in found] == [compiling.Refusal]
+    assert "does not fit with any remat of none, matmuls" in found[0].why
+
+
+def test_a_search_that_cannot_be_is_refused_before_anything_is_compiled(slice_of, monkeypatch):
+    monkeypatch.setattr(compiling, "step_of", None)
+    for asked, message in (
+        (compiling.Asked(model="vae", clip="5x32x32"), r"--search varies fields .* leave --search"),
+        (compiling.Asked(rows=3, length=125), "3 rows of 125 tokens divide over no mesh of 4"),
+    ):
+        with pytest.raises(InputError, match=message):
+            list(compiling.search(run_with, asked, slice_of(4)))
+
+
+def test_a_clip_that_is_none_is_refused():
+    with pytest.raises(InputError, match="--clip='5x32' is no FRAMESxHEIGHTxWIDTH"):
+        compiling.case_of(run_with({}), None, compiling.Asked(model="vae", clip="5x32"))
+
+
+def test_only_weights_and_their_layers_may_be_gathered_over_fsdp():
+    run = run_with({})
+    case = compiling.rows_case(run)
+
+    def gather(axes, *dims, kind="all-gather"):
+        array = hlo.Array("bf16", dims, True)
+        return aot.Exchange(kind, axes, 1, 1.0, 1.0, 0.0, (array,))
+
+    width, hidden, depth = run.dit.width, run.dit.mlp_hidden, run.dit.depth
+    activation = 7, 128, width
+    exchanges = (
+        gather("fsdp", depth, width, hidden),
+        gather("fsdp+sequence", hidden, 1, width),  # of one layer, transposed
+        gather("sequence", *activation),
+        gather("fsdp", *activation, kind="all-to-all"),
+    )
+    assert compiling.activations_gathered(result(1, exchanges=exchanges), case) == []
+    exchanges += (gather("ring+fsdp", *activation),)
+    found = compiling.activations_gathered(result(1, exchanges=exchanges), case)
+    assert found == [f"bf16[7,128,{width}]"]
+
+
+def test_a_program_that_the_compiler_counts_nothing_of_is_told(slice_of):
+    run = run_with({})
+    mesh = compiling.meshes.make(run.mesh_config.__class__(fsdp=1), slice_of(1))
+    case = compiling.rows_case(run)
+    for flops, told in ((None, None), (3e12, 3e12)):
+        one = result(1, xla_flops=flops)
+        assert compiling.told(one, case, mesh)["flops"]["xla_once_a_loop"] == told
+        shown = "\n".join(map(str, compiling.tables(one, case, mesh)))
+        assert ("XLA itself tells" in shown) == (flops is not None)
+
+
+def test_the_state_of_a_device_is_told_by_its_parts(slice_of, monkeypatch):
+    import jax
+
+    from vidsim.parallel import mesh as meshes
+
+    monkeypatch.undo()
+    run = run_with({"dit.optimizer.ema_sigma_rels": [0.1, 0.02]})
+    case = compiling.rows_case(run)
+    mesh = meshes.make(meshes.Config(), jax.devices()[:1])
+    parts = compiling.held(run, case, mesh)
+    assert list(parts) == ["params", "ema/0.02", "ema/0.1", "moments"]
+    assert parts["params"] == parts["ema/0.1"] == parts["ema/0.02"] == 4 * case.parameters
+    assert parts["moments"] > parts["params"]
+
+    monkeypatch.setattr(compiling.meshes, "make", lambda config, devices: mesh)
+    monkeypatch.setattr(compiling, "init_of", lambda *args: aot.Result(None, True, 1.0))
+    monkeypatch.setattr(compiling, "step_of", lambda *args: aot.Result(None, False, 1.0))
+    said = []
+    told = compiling.told_of(run, compiling.Asked(), [], said.append)
+    assert list(told["state_gib"]) == list(parts) and not told["fits"]
+    assert any("ema/0.02" in str(one) for one in said)
+    assert said[-1] == "verdict: does not fit"
