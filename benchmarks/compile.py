@@ -4,19 +4,27 @@ XLA's compiler for TPU (libtpu, `pip install 'vidsim[tpu]'`) compiles on this ma
 `experiments/dit_*.py` and of an autoencoder, each through `vidsim compile` in a process of its own.
 The peer is MaxDiffusion: its step of Wan's 14B on the same 8 chips and tokens peaks at 40.85 GiB a
 device, with bfloat16 weights and moments and no averages. The claims: ours, with float32 weights,
-peaks below 40 GiB; 7B and 30B fit their slices with rows of 131,072 tokens; the roofline of 7B
-allows 55 % MFU or more; and 48 layers compile in 1.3 times the time of 12 or less.
+peaks below 40 GiB; 7B and 30B fit their slices with rows of 131,072 tokens and gather no activation
+over fsdp; the roofline of 7B allows 55 % MFU or more; and 48 layers compile in 1.3 times the time
+of 12 or less.
+
+    python -m benchmarks.compile --table
+
+prints a table over all experiments of transformers instead, in markdown.
 """
 
 import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 
-from absl import app
+from absl import app, flags
 
 from benchmarks import claim
 
+TABLE = flags.DEFINE_bool("table", False, "Prints a table over all experiments instead of claims.")
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 DEPTHS = (12, 48)
 CLIPS = ("81x480x832", "1x2048x2048")
 
@@ -40,10 +48,12 @@ def beside(told: dict | None) -> dict:
     step = told["step"]
     collectives = step.get("collectives", ())
     facts = {
+        "fits": told["fits"],
         "topology": told["topology"],
         "mesh": told["mesh"],
         "batch": told["batch"],
         "parameters": told["parameters"],
+        "state_gib": told["state_gib"],
         "memory_gib": step.get("memory_gib"),
         "mfu": step.get("mfu"),
         "seconds": step.get("seconds"),
@@ -56,6 +66,54 @@ def beside(told: dict | None) -> dict:
     return facts
 
 
+def peak(told: dict | None) -> float | None:
+    """GiB of a device; None where the compiler did not say what it needs."""
+    return told and told["step"].get("memory_gib", {}).get("peak")
+
+
+def gathered(told: list[dict | None]) -> float | None:
+    """Kinds of activations that are gathered over fsdp; None where a step was not compiled."""
+    lists = [one and one["step"].get("activations_gathered") for one in told]
+    return None if None in lists else float(sum(map(len, lists)))
+
+
+def table() -> str:
+    """All experiments of transformers on their slices, smallest first."""
+    found = [compiled(path.stem) for path in EXPERIMENTS.glob("dit_*.py")]
+    if None in found:
+        raise RuntimeError(beside(None)["missing"])
+    lines = [
+        "| experiment | parameters | slice | rows x tokens | GiB a device: peak (of), state "
+        "| least ms a step: roofline, scheduled | MFU % that these allow |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [_line(told) for told in sorted(found, key=lambda told: told["parameters"])]
+    return "\n".join(lines)
+
+
+def _line(told: dict) -> str:
+    step = told["step"]
+    memory, state = step.get("memory_gib"), sum(told["state_gib"].values())
+    needed = f"{memory['peak']:.1f} ({memory['limit']:.0f})" if memory else "too much"
+    seconds, mfu = step.get("seconds"), step.get("mfu")
+    times = shares = "does not fit"
+    if seconds:
+        roofline = max(seconds[name] for name in ("compute", "memory", "interconnect"))
+        times = f"{1e3 * roofline:.0f}, {1e3 * seconds['scheduled']:.0f}"
+        shares = f"{100 * mfu['roofline']:.0f}, {100 * mfu['scheduled']:.0f}"
+    rows, _, _, tokens, *_ = told["batch"].split()  # as in "32 rows of 131072 tokens"
+    cells = (
+        told["experiment"],
+        f"{told['parameters'] / 1e6:,.0f}M",
+        told["topology"],
+        f"{rows} x {int(tokens):,}",
+        f"{needed}, {state:.1f}",
+        times,
+        shares,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> list[dict]:
     wan, averaged = (
         compiled("dit_14b_wan", f"--config.dit.optimizer.ema_sigma_rels={widths}")
@@ -64,7 +122,7 @@ def main() -> list[dict]:
     rows = [
         claim(
             "compile.wan14b_peak_gib",
-            wan and wan["step"]["memory_gib"]["peak"],
+            peak(wan),
             goal=40.0,
             better="lower",
             beside={
@@ -74,8 +132,8 @@ def main() -> list[dict]:
             },
         )
     ]
-    for name in ("dit_7b", "dit_30b"):
-        told = compiled(name)
+    large = {name: compiled(name) for name in ("dit_7b", "dit_30b")}
+    for name, told in large.items():
         rows.append(
             claim(
                 f"compile.{name}_fits",
@@ -96,6 +154,15 @@ def main() -> list[dict]:
                     beside=beside(told),
                 )
             )
+    rows.append(
+        claim(
+            "compile.activations_gathered",
+            gathered(list(large.values())),
+            goal=0.0,
+            better="lower",
+            beside={name: beside(told) for name, told in large.items()},
+        )
+    )
     depths = [compiled("dit_7b", f"--config.dit.model.depth={depth}") for depth in DEPTHS]
     seconds = [told and told["step"]["compile_seconds"] for told in depths]
     rows.append(
@@ -127,4 +194,4 @@ VAE_FLAGS = ("--topology=v5p:4x4x1", "--config.mesh.fsdp=4", "--config.mesh.sequ
 
 
 if __name__ == "__main__":
-    app.run(lambda _: main() and None)
+    app.run(lambda _: print(table()) if TABLE.value else main() and None)

@@ -43,7 +43,9 @@ LAST = 20  # steps whose mean loss is a run's
 GRID = (4, 4, 4)  # latents of a clip
 WORDS = 8  # speeds, and wavelengths
 P, B, M = 8, 4, 2
-TEXT = encoder.Config(vocabulary=2 * WORDS, features=32, depth=0, heads=2, max_tokens=2)
+TEXT = encoder.Config(
+    vocabulary=2 * WORDS, features=32, depth=0, heads=2, max_tokens=2, base_features=0
+)
 TIMES = time_sampling.Config(mean=0.0, std=1.0, shift_min=1.0, shift_max=1.0)
 OPTIMIZER = optimizer.Config(
     learning_rate=1.0,
@@ -130,7 +132,7 @@ def trainer(config: dit.Config, steps: int):
 
     def tx(rate):
         rates = {"learning_rate": rate, "adam_learning_rate": ADAM_OVER_MUON * rate}
-        factor = functools.partial(dit.adam_factor, config)
+        factor = functools.partial(dit.adam_factor, config, TEXT)
         return optimizer.make(dataclasses.replace(OPTIMIZER, **rates), steps, adam_factor=factor)
 
     @jax.jit

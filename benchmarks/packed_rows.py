@@ -1,10 +1,12 @@
 """What a packed row costs beside the work of its segments: attention skips what they do not share.
 
-The work of eight segments of uneven length is that of the row's linear layers, norms and positions
-(the row with attention taken out) and of attention over each segment alone. On this CPU by time:
-gradients of two layers of the transformer of width 512 over 4096 tokens, medians of runs that take
+Eight segments of uneven length each begin with a prompt, which layers of text see alone. Their work
+is that of the row's linear layers, norms and positions (the row with attention taken out) and of
+attention over each segment, and over each prompt, alone. On this CPU by time: gradients of two
+layers of the transformer of width 512, and two of text, over 4096 tokens, medians of runs that take
 turns. For a TPU by arithmetic: the blocks that the table of its kernel names, at a row of 32,768
-tokens and width 2048, over the squares of the lengths. The larger quotient is claimed.
+tokens and width 2048, and prompts of width 1024, over the squares of the lengths. The larger
+quotient is claimed.
 """
 
 import os
@@ -25,6 +27,12 @@ LONG = (8171, 7151, 5147, 4073, 3089, 2539, 1549, 1049)  # 32,768 together
 LONG_WIDTH = 2048
 SHAPE = {"width": 512, "depth": 2, "heads": 8, "mlp_hidden": 2048}
 QUICK_SHAPE = {"width": 32, "depth": 1, "heads": 2, "mlp_hidden": 64}
+TEXT_SHAPE = {"width": 256, "depth": 2, "heads": 4}
+QUICK_TEXT_SHAPE = {"width": 16, "depth": 1, "heads": 2}
+LONG_TEXT_WIDTH = 1024
+PROMPT = 64  # tokens, at the most half of a segment
+QUICK_PROMPT = 2
+LONG_PROMPT = 256
 VALUES = 64  # of a patch
 ROUNDS = 5
 
@@ -34,7 +42,18 @@ def ids_of(lengths) -> np.ndarray:
     return np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)[None]
 
 
-def row_gradient(lengths, shape: dict, dtype: str):
+def prompts_of(lengths, most: int) -> list[int]:
+    """Tokens of each segment that are its prompt."""
+    return [min(length // 2, most) for length in lengths]
+
+
+def text_ids_of(lengths, prompts) -> np.ndarray:
+    """Segment ids [1, sum of lengths] as layers of text see them: 0 where there is no prompt."""
+    ids, place = ids_of(lengths), np.concatenate([np.arange(length) for length in lengths])
+    return np.where(place < np.repeat(prompts, lengths), ids, 0)
+
+
+def row_gradient(lengths, prompts, shape: dict, text_shape: dict, dtype: str):
     """A call that takes the gradient of the transformer over a row of these segments."""
     import jax
     import jax.numpy as jnp
@@ -54,17 +73,25 @@ def row_gradient(lengths, shape: dict, dtype: str):
         operands="",
         base_width=0,
     )
-    text = encoder.Config(vocabulary=8, features=32, depth=0, heads=2, max_tokens=8)
+    text = encoder.Config(
+        vocabulary=8,
+        features=text_shape["width"],
+        depth=text_shape["depth"],
+        heads=text_shape["heads"],
+        max_tokens=max(prompts),
+        base_features=0,
+    )
     graphdef, params = state.split(
         lambda rngs: dit.DiT(config, text, VALUES, rngs), jax.random.key(0)
     )
     rng = np.random.default_rng(0)
     ids, L = ids_of(lengths), sum(lengths)
+    is_text = text_ids_of(lengths, prompts) > 0
     tokens = dit.Tokens(
         ids,
         rng.uniform(0, 30, (1, L, 3)).astype(np.float32),
-        np.zeros((1, L), bool),
-        np.ones((1, L), np.int32),
+        is_text,
+        (~is_text).astype(np.int32),
     )
     patches = rng.normal(size=(1, L, VALUES)).astype(np.float32)
     times = rng.uniform(size=(1, len(lengths), 3)).astype(np.float32)
@@ -101,52 +128,71 @@ def timed(function) -> float:
     return time.perf_counter() - start
 
 
-def by_time(lengths, shape: dict, dtype: str) -> dict:
+def by_time(lengths, prompts, shape: dict, text_shape: dict, dtype: str) -> dict:
     """Median seconds of the row, of it without attention, and of its segments' attention."""
     from vidsim.attention import segments
 
-    calls = {"row": row_gradient(lengths, shape, dtype)}
+    calls = {"row": row_gradient(lengths, prompts, shape, text_shape, dtype)}
     calls["row"]()
     with mock.patch.object(segments, "attend", lambda q, k, v, ids: q + k + v):
-        calls["without attention"] = row_gradient(lengths, shape, dtype)
+        calls["without attention"] = row_gradient(lengths, prompts, shape, text_shape, dtype)
         calls["without attention"]()
-    for length in set(lengths):
-        calls[length] = attention_gradient(length, shape, dtype)
-        calls[length]()
+    alone = [("segment", length, shape) for length in lengths]
+    alone += [("prompt", length, text_shape) for length in prompts]
+    for kind, length, of in alone:
+        if (kind, length) not in calls:
+            calls[kind, length] = attention_gradient(length, of, dtype)
+            calls[kind, length]()
     seconds = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             seconds[name].append(timed(call))
     found = {name: statistics.median(values) for name, values in seconds.items()}
     print(dtype, found, file=sys.stderr, flush=True)
-    alone = shape["depth"] * sum(found[length] for length in lengths)
+    attention = sum(of["depth"] * found[kind, length] for kind, length, of in alone)
     return {
         "row": found["row"],
         "without_attention": found["without attention"],
-        "attention_of_segments": alone,
-        "ratio": found["row"] / (found["without attention"] + alone),
+        "attention_of_segments": attention,
+        "ratio": found["row"] / (found["without attention"] + attention),
     }
 
 
-def by_blocks(lengths, width: int) -> dict:
-    """The same of the TPU's kernel, in products of its blocks (FLOPs of a layer's forward pass)."""
+def by_blocks(lengths, width: int, text_width: int) -> dict:
+    """The same of the TPU's kernel, in products of its blocks (FLOPs of a layer's forward pass).
+
+    To one layer of the transformer there is one of text; its linear work is left out.
+    """
     from vidsim.attention import tpu
 
-    used = tpu.scores(ids_of(lengths))
+    prompts = prompts_of(lengths, LONG_PROMPT)
     linear = 24.0 * width**2 * sum(lengths)
-    visited = 4.0 * width * used
-    alone = 4.0 * width * sum(length**2 for length in lengths)
+    scores = {
+        "segments": (tpu.scores(ids_of(lengths)), lengths, width),
+        "prompts": (tpu.scores(text_ids_of(lengths, prompts)), prompts, text_width),
+    }
+    visited = sum(4.0 * of * used for used, _, of in scores.values())
+    alone = sum(4.0 * of * sum(s**2 for s in own) for _, own, of in scores.values())
     return {
-        "visited_over_own_scores": visited / alone,
-        "whole_row_over_own_scores": sum(lengths) ** 2 * 4.0 * width / alone,
+        "visited_over_own_scores": {
+            name: used / sum(s**2 for s in own) for name, (used, own, _) in scores.items()
+        },
+        "whole_row_over_own_scores": {
+            name: sum(lengths) ** 2 / sum(s**2 for s in own) for name, (_, own, _) in scores.items()
+        },
         "ratio": (linear + visited) / (linear + alone),
     }
 
 
 def main(*, quick: bool = False) -> list[dict]:
     lengths, shape = (QUICK_LENGTHS, QUICK_SHAPE) if quick else (LENGTHS, SHAPE)
-    table = {f"cpu {dtype}": by_time(lengths, shape, dtype) for dtype in ("float32", "bfloat16")}
-    table["tpu blocks"] = by_blocks(LONG, LONG_WIDTH)
+    text_shape = QUICK_TEXT_SHAPE if quick else TEXT_SHAPE
+    prompts = prompts_of(lengths, QUICK_PROMPT if quick else PROMPT)
+    table = {
+        f"cpu {dtype}": by_time(lengths, prompts, shape, text_shape, dtype)
+        for dtype in ("float32", "bfloat16")
+    }
+    table["tpu blocks"] = by_blocks(LONG, LONG_WIDTH, LONG_TEXT_WIDTH)
     import jax
 
     beside = {
@@ -154,8 +200,11 @@ def main(*, quick: bool = False) -> list[dict]:
         "machine": platform.machine(),
         "backend": jax.default_backend(),
         "shape": shape,
+        "text_shape": text_shape,
         "segments": list(lengths),
+        "prompts": prompts,
         "segments_tpu": list(LONG),
+        "prompts_tpu": prompts_of(LONG, LONG_PROMPT),
     }
     ratio = max(row["ratio"] for row in table.values())
     name = "packed_rows.cost_ratio"

@@ -56,13 +56,11 @@ def grid(tokens: int) -> tuple[int, int, int]:
     return tokens * PATCH**2 // side**2, side, side
 
 
-def ours(dtype: str, tokens: int, shape: dict):
-    """The training step of every run here."""
-    from benchmarks import _step
+def config_of(dtype: str, shape: dict):
+    """Our transformer."""
     from vidsim.models import dit
-    from vidsim.text import encoder
 
-    config = dit.Config(
+    return dit.Config(
         **shape,
         patch=PATCH,
         prediction="velocity",
@@ -72,7 +70,17 @@ def ours(dtype: str, tokens: int, shape: dict):
         operands="",
         base_width=0,
     )
-    text = encoder.Config(vocabulary=256, features=TEXT_FEATURES, depth=0, heads=8, max_tokens=TEXT)
+
+
+def ours(dtype: str, tokens: int, shape: dict):
+    """The training step of every run here."""
+    from benchmarks import _step
+    from vidsim.text import encoder
+
+    config = config_of(dtype, shape)
+    text = encoder.Config(
+        vocabulary=256, features=TEXT_FEATURES, depth=0, heads=8, max_tokens=TEXT, base_features=0
+    )
     return _step.Step(
         config, text, _step.pack(config, text, grid(tokens), channels=CHANNELS, pixels=8)
     )
@@ -123,11 +131,12 @@ class Theirs:
 
 
 def flops(tokens: int, shape: dict) -> float:
-    """Of a step of ours: every token through every matrix, and scores and values of attention."""
-    length, width = TEXT + tokens, shape["width"]
-    layer = 2 * length * (4 * width**2 + 3 * width * shape["mlp_hidden"]) + 4 * length**2 * width
-    ends = 2 * length * (2 * CHANNELS * PATCH**2 + TEXT_FEATURES) * width
-    return 3.0 * (shape["depth"] * layer + ends)
+    """Model FLOPs of a step of ours, as those of every training are counted."""
+    from vidsim.training import flops
+
+    length = TEXT + tokens
+    cost = flops.of_packs(config_of("float32", shape), CHANNELS * PATCH**2)
+    return cost.of(length, length**2)
 
 
 def timed(function) -> float:
@@ -257,6 +266,7 @@ def main(*, quick: bool = False, count: int | None = None, memory_too: bool = Tr
                 "ours_tokens_per_s": tokens / ours,
                 **{f"{name}_tokens_per_s": tokens / value for name, value in seconds.items()},
             }
+        table["not_falling_with_length"] = ratios == sorted(ratios)
         goal = 0.9 if dtype == "float32" else 1.0
         name = f"step.ratio_{dtype}"
         rows.append(claim(name, min(ratios), goal=goal, better="higher", beside=beside | table))
