@@ -98,8 +98,7 @@ def _line(told: dict) -> str:
     seconds, mfu = step.get("seconds"), step.get("mfu")
     times = shares = "does not fit"
     if seconds:
-        roofline = max(seconds[name] for name in ("compute", "memory", "interconnect"))
-        times = f"{1e3 * roofline:.0f}, {1e3 * seconds['scheduled']:.0f}"
+        times = f"{1e3 * seconds['roofline']:.0f}, {1e3 * seconds['scheduled']:.0f}"
         shares = f"{100 * mfu['roofline']:.0f}, {100 * mfu['scheduled']:.0f}"
     rows, _, _, tokens, *_ = told["batch"].split()  # as in "32 rows of 131072 tokens"
     cells = (

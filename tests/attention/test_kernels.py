@@ -135,18 +135,17 @@ def test_cost_follows_prompts_that_stand_between_what_they_do_not_see(kernel):
     """Not a number times nothing is not a number: what is read at all shows."""
     block = 128 if kernel.func is tpu.attend else 32
     # A prompt, patches, a shorter prompt and patches: patches are padding, and fill whole blocks.
-    ids = np.repeat([1, 0, 2, 0, 0, 0], block // 2)[None].repeat(2, 0).astype(np.int32)
+    # The second row is nothing else.
+    ids = np.repeat([[1, 0, 2, 0, 0, 0], [0] * 6], block // 2, axis=1).astype(np.int32)
     qkv = random(3 * block, 3 * block)
     tame = results(kernel, qkv, ids, ids)
-    for found, expected in zip(tame, results(dense, qkv, ids, ids), strict=True):
-        np.testing.assert_allclose(found, expected, **FLOAT32)
     for x in qkv:
-        x[:, 2 * block :] = np.nan
+        x[:, 2 * block :] = x[1] = np.nan
     wild = results(kernel, qkv, ids, ids)
     for found, expected in zip(wild[:2], tame[:2], strict=True):
         np.testing.assert_array_equal(found, expected)  # of padding 0 and MASKED
     for found, expected in zip(wild[2:], tame[2:], strict=True):
-        np.testing.assert_array_equal(found[:, : 2 * block], expected[:, : 2 * block])
+        np.testing.assert_array_equal(found[0, : 2 * block], expected[0, : 2 * block])
 
 
 def test_what_prompts_cost_grows_with_them_and_not_with_the_row():

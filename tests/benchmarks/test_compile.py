@@ -21,7 +21,7 @@ def told(name: str, *, parameters: int = 33_000_000, peak: float | None = 10.0, 
     if peak is not None:
         step |= {
             "memory_gib": {"arguments": 1.0, "temporaries": 9.0, "peak": peak, "limit": 95.0},
-            "seconds": {"compute": 2.0, "memory": 1.0, "interconnect": 0.5, "scheduled": 2.5},
+            "seconds": {"compute": 2.0, "roofline": 2.0, "scheduled": 2.5},
             "mfu": {"roofline": 0.75, "scheduled": 0.6},
             "collectives": [{"seconds": 1.0, "hidden": 0.5}],
             "activations_gathered": list(gathered),

@@ -189,7 +189,11 @@ def told(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> dict:
                 "program": result.estimate.flops * mesh.devices.size,
                 "xla_once_a_loop": result.xla_flops and result.xla_flops * mesh.devices.size,
             },
-            "seconds": {**result.estimate.parts, "scheduled": result.estimate.scheduled},
+            "seconds": {
+                **result.estimate.parts,
+                "roofline": result.estimate.roofline,
+                "scheduled": result.estimate.scheduled,
+            },
             "interconnect_seconds": result.estimate.interconnect,
             "mfu": {
                 "roofline": mfu(case, result.estimate.roofline, mesh),

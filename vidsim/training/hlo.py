@@ -2,7 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once and knows nothing of kernels written by hand.
 Here everything counts as often as its loop runs, and a kernel costs what it says of itself; splash
-attention says nothing and costs what all blocks of its rows do, as if they were one segment.
+attention says nothing and costs what all blocks of its rows do, as if they were one segment; so do
+layers of text, though they visit the blocks of prompts alone.
 Traffic is with the large memory alone: what moves between operations in a smaller one is free, and
 what is sliced in place is read by the slice. An upper bound, as operations may share what one has
 read.
