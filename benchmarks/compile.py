@@ -83,7 +83,7 @@ def table() -> str:
     if None in found:
         raise RuntimeError(beside(None)["missing"])
     lines = [
-        "| experiment | parameters | slice | rows x tokens | GiB a device: peak (of), state "
+        "| experiment | parameters | slice | a step | GiB a device: peak (of), state "
         "| least ms a step: roofline, scheduled | MFU % that these allow |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -100,12 +100,11 @@ def _line(told: dict) -> str:
     if seconds:
         times = f"{1e3 * seconds['roofline']:.0f}, {1e3 * seconds['scheduled']:.0f}"
         shares = f"{100 * mfu['roofline']:.0f}, {100 * mfu['scheduled']:.0f}"
-    rows, _, _, tokens, *_ = told["batch"].split()  # as in "32 rows of 131072 tokens"
     cells = (
         told["experiment"],
         f"{told['parameters'] / 1e6:,.0f}M",
         told["topology"],
-        f"{rows} x {int(tokens):,}",
+        told["batch"],
         f"{needed}, {state:.1f}",
         times,
         shares,

@@ -301,7 +301,8 @@ def search(run_with, asked: Asked, devices) -> Iterator[Choice | Refusal]:
     Args:
       run_with: the experiment as a `Run` with fields of another value, by their dotted names.
 
-    Of the remats the first that fits is taken: those after it compute more again.
+    Of the remats the first that fits is taken: those after it compute more again, or copy to the
+    host.
 
     Raises:
       InputError: another model than the transformer, or no mesh that its rows divide over.
