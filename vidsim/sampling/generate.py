@@ -81,6 +81,24 @@ def dit_graph(config: dit.Config, text: encoder.Config, patch_values: int) -> nn
     return nnx.split(nnx.eval_shape(lambda: dit.DiT(config, text, patch_values, nnx.Rngs(0))))[0]
 
 
+def check_values(request: Request, grid: int) -> None:
+    """Finds what no model could make, whatever frames are given; `grid` are the pixels of a token.
+
+    Raises:
+      InputError: a size off the grid, an unknown solver, too few steps, a rate of nothing.
+    """
+    samplers.check(request.solver, request.steps)
+    if not request.fps > 0:
+        raise InputError(f"fps={request.fps} is not positive; give frames a second")
+    for name, side in (("height", request.height), ("width", request.width)):
+        if side < 1 or side % grid:
+            lower = max(side // grid, 1) * grid
+            raise InputError(
+                f"{name}={side} is not a multiple of {grid}, the pixels of a token; "
+                f"use {lower} or {lower + grid}"
+            )
+
+
 def check(models: Models, request: Request) -> tuple[int, int, int]:
     """The latent grid of a request.
 
@@ -91,20 +109,7 @@ def check(models: Models, request: Request) -> tuple[int, int, int]:
         raise InputError(
             f"mode={request.mode!r} is unknown; use {' or '.join(sorted(conditions.MODES))}"
         )
-    if request.solver not in samplers.SOLVERS:
-        known = " or ".join(sorted(samplers.SOLVERS))
-        raise InputError(f"solver={request.solver!r} is unknown; use {known}")
-    if request.steps < 2:
-        raise InputError(f"steps={request.steps} is under 2, the fewest that a sampler takes")
-    if not request.fps > 0:
-        raise InputError(f"fps={request.fps} is not positive; give frames a second")
-    for name, side in (("height", request.height), ("width", request.width)):
-        if side % models.stride:
-            lower = max(side // models.stride, 1) * models.stride
-            raise InputError(
-                f"{name}={side} is not a multiple of {models.stride}, the pixels of a token; "
-                f"use {lower} or {lower + models.stride}"
-            )
+    check_values(request, models.stride)
     grid = models.vae.latent_size(request.frames, request.height, request.width)
     given = request.given_THWC
     if (given is not None) != (request.mode != "text"):

@@ -15,6 +15,7 @@ import numpy as np
 from vidsim import files
 from vidsim.data import video
 from vidsim.data.shapes import nearest_size
+from vidsim.diffusion import samplers
 from vidsim.errors import InputError
 from vidsim.sampling.generate import Models, Request, generate
 
@@ -32,6 +33,18 @@ class Config:
     solver: str
     given_frames: int  # of the video to extend: its last 1 + 4k
     sizes: tuple[tuple[int, int], ...]  # (width, height): the nearest to the input's aspect ratio
+
+    def __post_init__(self):
+        samplers.check(self.solver, self.steps)
+        if not self.fps > 0:
+            raise InputError(f"sample.fps={self.fps} is not positive; give frames a second")
+        if not self.sizes:
+            raise InputError("sample.sizes is empty; give at least one (width, height)")
+        if self.given_frames < 1 or 1 < self.frames <= self.given_frames:
+            raise InputError(
+                f"sample.given_frames={self.given_frames} is not from 1 to under "
+                f"sample.frames={self.frames}: a video goes on from fewer frames than it has"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

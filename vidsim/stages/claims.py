@@ -13,23 +13,38 @@ SHOWING = ("sample", "evaluate", "report")  # quick
 LEARNING = ("encode", "dit", *SHOWING)
 TRAINING = ("vae", "finish", *LEARNING)
 PREPARING = ("prepare", "tokenizer", *TRAINING)
-# Sections of an experiment, and keys in them -> the stages whose output depends on their values.
+# Sections of an experiment, and keys in them -> the stages whose output depends on their values:
+# none where a value says how fast, on what or how often noted, but not what comes out.
 READ_BY: dict[str, tuple[str, ...]] = {
     "name": SHOWING,
     "seed": TRAINING,
-    "mesh": TRAINING,
+    "mesh": (),
     "topology": (),
     "world": ("worlds", *PREPARING),
     "data": PREPARING,
+    "data.cache_megabytes": (),
     "data.engine": (),
     "data.on_change": (),
     "pipeline": TRAINING,
+    "pipeline.prefetch": (),
+    "pipeline.threads": (),
+    "pipeline.workers": (),
     "vae": TRAINING,
     "vae.finish": ("finish", *SHOWING),
+    "vae.finish.loop.checkpoint_every": (),
+    "vae.finish.loop.log_every": (),
+    "vae.loop.checkpoint_every": (),
+    "vae.loop.log_every": (),
     "latents": LEARNING,
+    "latents.batch_pixels": (),
     "dit": ("dit", *SHOWING),
     "dit.earlier": LEARNING,
+    "dit.loop.checkpoint_every": (),
+    "dit.loop.log_every": (),
     "dit.model.patch": TRAINING,  # the grid that clips are cut to
+    "dit.model.remat": (),
+    "dit.model.unroll": (),
+    "dit.optimizer.accumulate": (),
     "dit.text.max_tokens": ("tokenizer", "dit", *SHOWING),
     "dit.text.vocabulary": ("tokenizer", "dit", *SHOWING),
     "sample": SHOWING,
@@ -82,10 +97,20 @@ def claim(run: Run) -> None:
 
 
 def read_by(key: str) -> tuple[str, ...]:
-    """The stages whose output depends on the value of `key`, such as "vae.loss.kl_weight"."""
-    while key not in READ_BY:
-        key = key.rpartition(".")[0]
-    return READ_BY[key]
+    """The stages whose output depends on the value of `key`, such as "vae.loss.kl_weight".
+
+    Raises:
+      InputError: it stands in no section of an experiment.
+    """
+    known = key
+    while known and known not in READ_BY:
+        known = known.rpartition(".")[0]
+    if not known:
+        raise InputError(
+            f"config.json of the work folder has {key!r}, which is no section of an experiment in "
+            "this version; use the version that began the folder, or a new --workdir"
+        )
+    return READ_BY[known]
 
 
 def _outputs(run: Run, stage: str) -> list[str]:

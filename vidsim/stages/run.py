@@ -173,6 +173,12 @@ class Run:
                         f"{name}.loop.{field.name}={getattr(settings, field.name)} is under 1; "
                         "give a number of steps"
                     )
+        clips, given = self.evaluation.physics_clips, self.sample.given_frames
+        if self.rendered and clips and self.evaluation.physics_frames <= given:
+            raise InputError(
+                f"evaluation.physics_frames={self.evaluation.physics_frames} leave nothing to make "
+                f"after sample.given_frames={given}; raise it, or set evaluation.physics_clips=0"
+            )
         if not self.report.prompts:
             raise InputError("report.prompts is empty; give at least one prompt")
 

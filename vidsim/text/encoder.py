@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidsim.attention import segments
+from vidsim.errors import InputError
 from vidsim.layers.linear import Linear, SwiGLU
 from vidsim.layers.norms import RMSNorm, rms_normalise
 from vidsim.layers.parameter import parameter, weight
@@ -26,6 +27,14 @@ class Config:
     depth: int
     heads: int
     max_tokens: int  # longest prompt
+
+    def __post_init__(self):
+        if self.depth and (self.features % self.heads or self.features // self.heads % 2):
+            raise InputError(
+                f"dit.text.features={self.features} over heads={self.heads} is not an even head "
+                f"dimension, which dit.text.depth={self.depth} needs; choose features that are a "
+                "multiple of twice the heads"
+            )
 
 
 class Block(nnx.Module):
