@@ -51,7 +51,10 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One video or image to make. `given_THWC` are the frames that it begins with, if any."""
+    """One video or image to make. `given_THWC` are the frames that it begins with, if any.
+
+    Without a prompt there is nothing to guide towards: its `guidance_scale` is 1.
+    """
 
     mode: str  # one of conditions.MODES
     prompt: str
@@ -65,10 +68,14 @@ class Request:
     solver: str
     given_THWC: np.ndarray | None = None
 
+    def __post_init__(self):
+        if not self.prompt.strip():
+            object.__setattr__(self, "guidance_scale", 1.0)
+
     def shape(self) -> tuple:
         """What a compiled sampler depends on."""
         given = 0 if self.given_THWC is None else len(self.given_THWC)
-        guided = self.guidance_scale != 1.0 and bool(self.prompt.strip())
+        guided = self.guidance_scale != 1.0
         return self.frames, self.height, self.width, self.steps, self.solver, given, guided
 
 

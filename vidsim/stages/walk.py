@@ -60,7 +60,7 @@ def _latents(run: Run):
 
 
 def _dit(run: Run):
-    return checkpoint.newest_path(run.path("dit", "checkpoints"))
+    return checkpoint.path_of(run.path("dit", "checkpoints"))
 
 
 # What the stages with a verb of their own read of the folder; opening it tells what is missing.
