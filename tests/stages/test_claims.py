@@ -5,6 +5,8 @@ import dataclasses
 import json
 import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 
@@ -113,3 +115,28 @@ def test_the_output_to_delete_for_another_value_is_named(claimed, tmp_path):
     (named,) = re.findall(r"delete (.*) to have it made again", str(refused.value))
     assert named.split() == [str(tmp_path / n) for n in ("tokenizer.model", "dit", "samples")]
     assert "or a new --workdir" in str(refused.value)
+
+
+HOLDER = """
+import sys, time
+from vidsim import files
+assert files.lock(sys.argv[1], "process 7 on box") is None
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_has_one_writer_until_its_process_ends(config, tmp_path):
+    section = json.loads(json.dumps(runpy.run_path(str(config))["get_config"]().to_dict()))
+    run = Run(section, tmp_path / "run")
+    command = [sys.executable, "-c", HOLDER, str(run.path(".lock"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=config.parents[1]) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(InputError, match=r"is being written by process 7 on box; wait"):
+                claims.claim(run)
+            assert not run.path("config.json").exists()
+        finally:
+            holder.kill()
+    claims.claim(run)
+    claims.claim(Run(section, tmp_path / "run"))

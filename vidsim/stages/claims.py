@@ -4,6 +4,9 @@ A value that no stage has begun with is free, and so are those that only what is
 that is done again. A stage has begun when its output is there.
 """
 
+import os
+import socket
+
 from vidsim import config as configs
 from vidsim import files
 from vidsim.errors import InputError
@@ -67,14 +70,22 @@ OUTPUTS = {
 def claim(run: Run) -> None:
     """Writes config.json, or checks that the folder has begun with no other values.
 
-    Stages that depend on a value that changed are not complete any more.
+    Stages that depend on a value that changed are not complete any more. Until this process ends,
+    no other can claim the folder.
 
     Raises:
-      InputError: a stage has begun with another value; the input or a library is not there.
+      InputError: a stage has begun with another value; the input or a library is not there; another
+        process has the folder.
     """
     path = run.path("config.json")
     if not path.exists():
-        run.check_sources()
+        run.check_sources()  # first: a folder is not even made for what cannot be
+    user = files.lock(run.path(".lock"), f"process {os.getpid()} on {socket.gethostname()}")
+    if user is not None:
+        raise InputError(
+            f"{run.workdir} is being written by {user}; wait until it ends, or use a new --workdir"
+        )
+    if not path.exists():
         files.write_json(path, run.config)
         return
     changes = configs.differences(files.read_json(path), run.config)
