@@ -78,6 +78,13 @@ def test_reconstruction_is_measured_and_shown_for_every_shape(tiny):
         assert last[f"val/{name}"] == pytest.approx(quality[name], rel=1e-3)
 
 
+def test_extended_clips_stand_on_one_picture_below_the_real_ones(tiny):
+    folder = tiny.workdir / "samples" / "physics"
+    clips = [path for name in ("real", "extended") for path in folder.glob(f"*_{name}.mp4")]
+    height = video.probe(folder / "sheet.png").height
+    assert height >= sum(video.probe(path).height for path in clips) > 0
+
+
 def test_every_mode_has_a_sample_with_its_side_car(tiny):
     names = sorted(path.name for path in (tiny.workdir / "samples" / "final").iterdir())
     stems = ("01_text", "02_text", "03_text", "04_animate", "05_extend")

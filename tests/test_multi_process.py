@@ -52,7 +52,7 @@ def test_two_processes_train_what_one_does(two, tiny):
 
 # A few steps of both models and nothing else: no evaluation, no sample.
 STEPS = """
-    import dataclasses, json, runpy, sys
+    import dataclasses, json, runpy, shutil, sys
     from vidsim import compiling
     from vidsim.parallel import multihost
     from vidsim.stages import training
@@ -65,8 +65,13 @@ STEPS = """
     section["dit"]["loop"].update(steps=3)
     run = Run(section, workdir)
     compiling.cache_in(run.path("compiled"))
-    for task in (training.vae_training(run), training.dit_training(run)):
+
+    def train(task):
         training.train(run, dataclasses.replace(task, evaluators=lambda run: {}))
+
+    train(training.dit_training(run))  # on the latents of the autoencoder that is there
+    multihost.run_once(lambda: shutil.rmtree(run.path("vae")), "another")
+    train(training.vae_training(run))
     multihost.run_once(lambda: print(json.dumps(dict(run.mesh.shape))), "mesh")
 """
 
@@ -78,7 +83,7 @@ def test_two_processes_of_four_devices_train_what_one_of_eight_does(
     program.write_text(textwrap.dedent(STEPS))
     workdirs = {}
     for processes in (1, 2):
-        workdir = tiny.copy(tmp_path / str(processes), *(p for p in PARTS if p != "vae"))
+        workdir = tiny.copy(tmp_path / str(processes), *PARTS)
         launched = new_process(
             *("-m", "launch.local", f"--program={program}", f"--logs={tmp_path / 'logs'}"),
             *(f"--processes={processes}", f"--devices_per_process={8 // processes}", "--"),

@@ -10,12 +10,13 @@ from vidsim import files
 from vidsim.data import video
 from vidsim.data.shapes import nearest_size
 from vidsim.data.windows import commonest
-from vidsim.evaluation import evaluator, physics, reconstruction, report
+from vidsim.evaluation import evaluator, figures, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
 from vidsim.stages.run import Run, average, load_models, load_vae, sampled_step
 
 _SHOWN = 4  # clips beside their reconstructions
+_ON_SHEET = 5  # extended clips of one picture
 
 
 def vae_plan(run: Run, limit: int) -> list[tuple[int, int, int, int]]:
@@ -194,8 +195,24 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
                     "given_frames": run.sample.given_frames,
                 },
             )
+        if rows:
+            _write_sheet(run, cases, videos, rows[:_ON_SHEET])
     files.write_json(run.path("evaluation.json"), results)
     return results
+
+
+def _write_sheet(run: Run, cases: list, videos: list, rows: list[dict]) -> None:
+    """Extended clips as one picture, each below the real one."""
+    shown, labels = [], []
+    for row in rows:
+        request, real, _ = cases[row["case"]]
+        shown += [real, videos[row["case"]]]
+        labels += [
+            f"real: {request.prompt}",
+            f"extended from its first {run.sample.given_frames} frames",
+        ]
+    path = run.path("samples", "physics", "sheet.png")
+    figures.contact_sheet(shown, labels, path, columns=9, row_height=48, label_width=230)
 
 
 def _write_reconstructions(run: Run, models: generate.Models, plan: list[tuple]) -> None:
