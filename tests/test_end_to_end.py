@@ -15,7 +15,7 @@ from vidsim.data import video
 from vidsim.export import models
 from vidsim.sampling import generate
 from vidsim.stages import run as run_folder
-from vidsim.stages import showing
+from vidsim.stages import showing, training
 
 STEPS = 6
 
@@ -24,7 +24,7 @@ def times_of_change(folder: pathlib.Path) -> dict[str, int]:
     return {
         str(path.relative_to(folder)): path.stat().st_mtime_ns
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != ".lock"
     }
 
 
@@ -78,6 +78,13 @@ def test_reconstruction_is_measured_and_shown_for_every_shape(tiny):
         assert last[f"val/{name}"] == pytest.approx(quality[name], rel=1e-3)
 
 
+def test_extended_clips_stand_on_one_picture_below_the_real_ones(tiny):
+    folder = tiny.workdir / "samples" / "physics"
+    clips = [path for name in ("real", "extended") for path in folder.glob(f"*_{name}.mp4")]
+    height = video.probe(folder / "sheet.png").height
+    assert height >= sum(video.probe(path).height for path in clips) > 0
+
+
 def test_every_mode_has_a_sample_with_its_side_car(tiny):
     names = sorted(path.name for path in (tiny.workdir / "samples" / "final").iterdir())
     stems = ("01_text", "02_text", "03_text", "04_animate", "05_extend")
@@ -96,6 +103,11 @@ def test_prompts_are_sampled_at_every_evaluation(tiny):
     for step in (3, STEPS):
         folder = tiny.workdir / "samples" / f"step_{step:06d}"
         assert sorted(path.name for path in folder.glob("*.mp4")) == ["00.mp4", "01.mp4"]
+
+
+def test_a_step_is_noted_as_evaluated_only_after_its_samples_are_made(tiny):
+    run = run_folder.open_folder(tiny.workdir)
+    assert list(training.dit_training(run).evaluators(run)) == ["samples", "val"]
 
 
 @pytest.mark.parametrize("name", ["vae", "dit"])

@@ -1,6 +1,7 @@
 """Files that appear whole or not at all: written to a temporary name, then renamed."""
 
 import contextlib
+import fcntl
 import functools
 import json
 import os
@@ -8,7 +9,9 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from typing import IO
 
+_held: dict[str, IO[str]] = {}  # files that this process has locked: they stay open
 _PART = re.compile(r"\.(.+)\.(\d+)\.part(|\.[^.]+)")
 
 
@@ -78,6 +81,33 @@ def _is_alive(pid: int) -> bool:
     except (PermissionError, OverflowError):  # another user's; no number of a process
         pass
     return True
+
+
+def lock(path: str | os.PathLike, note: str) -> str | None:
+    """Locks `path` for this process until it ends, however that is; it may do so again.
+
+    Returns None, or the note of another process that has locked it. Where the file system knows no
+    locks, nobody is kept out.
+    """
+    path = os.path.abspath(path)
+    if path in _held:
+        return None
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        # A lock of the process, which children that it forks do not keep when it is killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        with file:
+            file.seek(0)
+            return file.read()
+    except OSError:
+        pass
+    file.truncate(0)
+    file.write(note)
+    file.flush()
+    _held[path] = file
+    return None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

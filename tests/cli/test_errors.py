@@ -141,6 +141,39 @@ def test_wrong_key_in_an_experiment_file(vidsim, changed, tmp_path, change, word
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("config.vae.modl.patch = 1", ("line 6 fails: AttributeError: ", 'Did you mean "model"')),
+        ("config.seed = 'one'", ("line 6 fails: TypeError: ", "int")),
+        ("import nowhere_at_all", ("line 6 fails: ModuleNotFoundError: ", "nowhere_at_all")),
+        ("config.seed = (", ("line 6 is no Python: ", "never closed")),
+        ("return {}", ("has no function get_config() that returns a ConfigDict",)),
+    ],
+)
+def test_what_is_wrong_in_an_experiment_file_is_told_with_its_line(
+    vidsim, changed, tmp_path, change, words
+):
+    path, workdir = changed(change), tmp_path / "run"
+    refused(vidsim("run", f"--config={path}", f"--workdir={workdir}"), str(path), *words)
+    assert not workdir.exists()
+
+
+def test_an_experiment_file_without_its_function_is_told(vidsim, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("config = 1\n")
+    ended = vidsim("worlds", f"--config={path}", f"--out={tmp_path / 'world'}")
+    refused(ended, f"{path} has no function get_config()")
+
+
+def test_a_file_that_an_experiment_reads_is_the_one_that_is_named(vidsim, tmp_path):
+    base, path = tmp_path / "base.py", tmp_path / "mine.py"
+    base.write_text("x = 1\ny = nope\n")
+    path.write_text(f"import runpy\nrunpy.run_path({str(base)!r})\n")
+    ended = vidsim("worlds", f"--config={path}", f"--out={tmp_path / 'world'}")
+    refused(ended, f"error: {base} line 2 fails: NameError: name 'nope' is not defined; mend it")
+
+
 def test_rows_too_short_for_a_latent_are_told_before_anything_is_made(vidsim, changed, tmp_path):
     workdir = tmp_path / "run"
     ended = vidsim(

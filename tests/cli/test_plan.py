@@ -80,7 +80,7 @@ def test_the_table_and_the_last_line_tell_every_clip_once(vidsim, prepared):
         assert sum(row[shares] for row in pixels["buckets"]) == pytest.approx(1, abs=1e-3)
     assert {row["frames"] for row in pixels["buckets"]} == {1, 5}
     assert all(row["batch"] % 8 == 0 for row in pixels["buckets"])
-    lines = ended.stdout.splitlines()
+    lines = ended.stderr.splitlines()
     assert lines[0] == "buckets of 9 training clips"
     assert len([line for line in lines if line.split()[0] in ("1", "5")]) == len(pixels["buckets"])
     # Three times as many draws are photos, though there are fewer.
@@ -93,8 +93,8 @@ def test_packs_are_planned_before_anything_is_trained_or_encoded(vidsim, prepare
     ended = vidsim("plan", f"--config={path}", f"--workdir={workdir}")
     found = ended.summary["latents"]
     assert found["latents"] == 9
-    assert "packs of 9 training latents\n" in ended.stdout
-    assert "24 tokens a caption are reserved" in ended.stdout
+    assert "packs of 9 training latents\n" in ended.stderr
+    assert "24 tokens a caption are reserved" in ended.stderr
     assert sum(row["steps"] for row in found["packs"]) == pytest.approx(1, abs=1e-3)
     for row in found["packs"]:
         assert 0.3 < row["valid"] <= 1 <= row["cost_spread"] <= row["largest_cost_spread"]
@@ -106,8 +106,8 @@ def test_packs_of_a_cache_are_planned_with_its_tokenizer(vidsim, tiny, config):
     index = [json.loads(line) for line in (tiny.workdir / "latents/index.jsonl").open()]
     trained = [row for row in index if row["split"] == "train"]
     assert ended.summary["latents"]["latents"] == len(trained)
-    assert f"packs of {len(trained)} training latents\n" in ended.stdout
-    assert "are reserved" not in ended.stdout
+    assert f"packs of {len(trained)} training latents\n" in ended.stderr
+    assert "are reserved" not in ended.stderr
 
 
 def test_packs_of_other_latents_than_those_of_the_cache_can_be_planned(vidsim, tiny, config):
@@ -168,7 +168,7 @@ def test_clips_shorter_than_every_bucket_are_told(vidsim, prepared, media, confi
     flags = (f"--config={single}", f"--workdir={tmp_path / 'run'}", frames)
     ended = vidsim("plan", *flags, "--config.vae.buckets.step_pixels=200000")
     assert ended.summary["pixels"]["left_out"] == 2
-    assert "left out: 2 of 6 training clips, which are shorter" in ended.stdout
+    assert "left out: 2 of 6 training clips, which are shorter" in ended.stderr
 
 
 def test_planning_without_shards_says_so_and_leaves_nothing(vidsim, config, tmp_path):

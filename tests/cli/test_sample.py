@@ -43,6 +43,8 @@ def test_an_export_has_one_kind_of_weights(tiny, vidsim, tmp_path):
     ended = vidsim("sample", *flags, "--weights=ema")
     assert ended.code == 2 and "weights=ema" in ended.stderr
     assert "use --weights=params" in ended.stderr
+    ended = vidsim("sample", *flags, "--step=4")
+    assert ended.code == 2 and "step=4" in ended.stderr and "use --step=6" in ended.stderr
     vidsim("sample", *flags)
     assert files.read_json(tmp_path / "ball.json")["weights"] == "params"
 
@@ -52,13 +54,29 @@ def test_the_samples_of_a_run_are_requests(tiny, vidsim, tmp_path):
     assert {files.read_json(car)["mode"] for car in cars} == {"text", "animate", "extend"}
     for car in cars:
         out = f"--out={tmp_path / car.stem}"
-        data = made(vidsim("sample", f"--request={car}", f"--run={tiny.workdir}", out))
+        data = made(vidsim("sample", f"--request={car}", out))
         before = files.read_json(car)
         (sample,) = set(car.parent.glob(f"{car.stem}.*")) - {car}
         assert data == sample.read_bytes()
         after = files.read_json(tmp_path / car.name)
-        shared = before.keys() & after.keys()
+        # All but paths, which are told from where each side-car stands.
+        shared = before.keys() & after.keys() - {"run", "image", "video"}
+        assert before["step"] == 6
         assert {key: after[key] for key in shared} == {key: before[key] for key in shared}
+
+
+def test_samples_of_a_step_are_made_again_by_its_weights_or_not_at_all(tiny, vidsim, tmp_path):
+    """The tiny run samples at steps 3 and 6 and keeps the checkpoints of 4 and 6."""
+    cars = {step: tiny.workdir / "samples" / f"step_{step:06d}" / "00.json" for step in (3, 6)}
+    flags = ("sample", f"--out={tmp_path / 'again'}")
+    assert made(vidsim(*flags, f"--request={cars[6]}")) == cars[6].with_suffix(".mp4").read_bytes()
+    gone = vidsim(*flags, f"--request={cars[3]}")
+    assert gone.code == 2 and "no checkpoint of step=3" in gone.stderr
+    assert "keeps steps 4, 6; use --step=6 for the newest" in gone.stderr
+    newest = made(vidsim(*flags, f"--request={cars[3]}", "--step=6"))
+    assert newest == cars[6].with_suffix(".mp4").read_bytes()
+    assert made(vidsim(*flags, f"--request={cars[6]}", "--step=4")) != newest
+    assert files.read_json(tmp_path / "again.json")["step"] == 4
 
 
 def test_the_ending_of_the_file_may_be_given(tiny, vidsim, tmp_path):
@@ -87,7 +105,8 @@ def test_a_sample_far_beyond_training_is_made_with_a_warning(tiny, vidsim, tmp_p
     out = tmp_path / "exported"
     assert vidsim("export", f"--run={tiny.workdir}", f"--out={out}").code == 0
     for run in (tiny.workdir, out):
-        ended = vidsim("sample", f"--run={run}", *size, f"--out={tmp_path / 'ball'}")
+        flags = (f"--run={run}", "--prompt=a ball", *size)
+        ended = vidsim("sample", *flags, f"--out={tmp_path / 'ball'}")
         assert ended.code == 0, ended.stderr
         if words is None:
             assert ended.stderr == ""

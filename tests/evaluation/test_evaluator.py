@@ -81,3 +81,16 @@ def test_a_clip_that_is_cut_or_cropped_has_no_boxes():
     assert cut["object_psnr_db"] is None and cut["psnr_db"] is not None
     cropped = evaluator.vae_quality(None, clips(), TRUTH, [(0, PLAN[0][1], 16, 16)])
     assert cropped["object_psnr_db"] is None and cropped["psnr_db"] is not None
+
+
+@pytest.mark.parametrize("limit", [0, 1, 9])
+def test_no_more_clips_are_extended_than_asked_for(limit):
+    index = [
+        {**row, "split": "validation", "captions": [["a ball", "given"]]} for row in clips().index
+    ]
+    held = types.SimpleNamespace(index=index, window=clips().window)
+    template = {"steps": 2, "guidance_scale": 1.0, "solver": "euler"}
+    found = evaluator.physics_requests(
+        held, TRUTH, frames=9, given_frames=5, limit=limit, template=template
+    )
+    assert len(found) == min(limit, 2)

@@ -49,10 +49,10 @@ def make_run(run):
     sample("final/00.mp4", 17, 48, 64, prompt="a red ball moves right", seed=6)
     sample("final/01.png", 1, 48, 64, prompt="a green ball", seed=7)
     sample("final/02_input.png", 1, 48, 64)
-    given = "samples/final/02_input.png"
-    sample("final/02.mp4", 17, 48, 64, prompt="it moves", mode="animate", seed=8, input=given)
+    given = "02_input.png"
+    sample("final/02.mp4", 17, 48, 64, prompt="it moves", mode="animate", seed=8, image=given)
     given = "samples/final/00.mp4"
-    sample("final/03.mp4", 33, 48, 64, prompt="and on", mode="extend", seed=9, input=given)
+    sample("final/03.mp4", 33, 48, 64, prompt="and on", mode="extend", seed=9, video=given)
     for i, kind in enumerate(("uniform", "collision", "parabola")):
         sample(f"physics/{i:02d}_real.mp4", 17, 48, 64)
         sample(f"physics/{i:02d}_extended.mp4", 17, 48, 64, speed=1.5)
@@ -244,7 +244,7 @@ def test_unfinished_run_shows_what_exists(tmp_path):
     assert "none at step 400" in page
     assert "01_extended.mp4 is not written" in page
     assert "02_real.mp4: " in page
-    assert "the input samples/final/02_input.png is not in the run folder" in page
+    assert "the input 02_input.png is not in the run folder" in page
     assert "needs the true motion" in page
 
 
@@ -253,7 +253,7 @@ def test_input_outside_the_run_folder_is_not_read(tmp_path):
     video.write_image(secret, ball_clip(1, 32, 32)[0])
     sample = tmp_path / "run/samples/final/00.png"
     video.write_image(sample, ball_clip(1, 32, 32, seed=1)[0])
-    files.write_json(sample.with_suffix(".json"), {"mode": "animate", "input": "../secret.png"})
+    files.write_json(sample.with_suffix(".json"), {"mode": "animate", "image": str(secret)})
     page = report.write(tmp_path / "run", tmp_path / "report.html").read_text(encoding="utf-8")
     assert base64.b64encode(secret.read_bytes()).decode() not in page
 

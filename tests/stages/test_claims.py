@@ -5,6 +5,8 @@ import dataclasses
 import json
 import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 
@@ -53,6 +55,36 @@ def test_of_every_section_it_is_said_which_stages_depend_on_it():
     assert claims.read_by("vae.loop.steps") == claims.TRAINING
 
 
+def test_how_fast_and_where_a_run_works_may_change_at_any_time(claimed):
+    free = {
+        "mesh": {"replica": 2, "ring": 1, "fsdp": -1, "sequence": 1, "tensor": 1},
+        "data.cache_megabytes": 1.0,
+        "pipeline.threads": 7,
+        "pipeline.prefetch": 1,
+        "pipeline.workers": 3,
+        "latents.batch_pixels": 50_000,
+        "vae.loop.log_every": 2,
+        "vae.loop.checkpoint_every": 3,
+        "dit.loop.log_every": 2,
+        "dit.loop.checkpoint_every": 3,
+        "dit.model.remat": "full",
+        "dit.model.unroll": 2,
+        "dit.optimizer.accumulate": 2,
+    }
+    assert claimed(**free) == list(walk.STAGES)
+    for key in ("pipeline.seed", "vae.optimizer.accumulate", "dit.loop.evaluate_every"):
+        assert claims.read_by(key), f"samples or weights depend on {key}"
+
+
+def test_a_section_of_another_version_is_named(claimed, tmp_path):
+    files.write_json(
+        tmp_path / "config.json",
+        files.read_json(tmp_path / "config.json") | {"captioner": {"width": 8}},
+    )
+    with pytest.raises(InputError, match=r"'captioner', which is no section.* new --workdir$"):
+        claimed()
+
+
 def test_what_is_quick_is_done_again_with_another_value(claimed):
     left = claimed(**{"evaluation.physics_clips": 2})
     assert left == [name for name in walk.STAGES if name not in claims.SHOWING]
@@ -83,3 +115,28 @@ def test_the_output_to_delete_for_another_value_is_named(claimed, tmp_path):
     (named,) = re.findall(r"delete (.*) to have it made again", str(refused.value))
     assert named.split() == [str(tmp_path / n) for n in ("tokenizer.model", "dit", "samples")]
     assert "or a new --workdir" in str(refused.value)
+
+
+HOLDER = """
+import sys, time
+from vidsim import files
+assert files.lock(sys.argv[1], "process 7 on box") is None
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_folder_has_one_writer_until_its_process_ends(config, tmp_path):
+    section = json.loads(json.dumps(runpy.run_path(str(config))["get_config"]().to_dict()))
+    run = Run(section, tmp_path / "run")
+    command = [sys.executable, "-c", HOLDER, str(run.path(".lock"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=config.parents[1]) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            with pytest.raises(InputError, match=r"is being written by process 7 on box; wait"):
+                claims.claim(run)
+            assert not run.path("config.json").exists()
+        finally:
+            holder.kill()
+    claims.claim(run)
+    claims.claim(Run(section, tmp_path / "run"))

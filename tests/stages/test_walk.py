@@ -1,6 +1,7 @@
 """What stages.json tells of stages that were killed, and what is found before any training."""
 
 import runpy
+import shutil
 import textwrap
 
 import numpy as np
@@ -55,3 +56,71 @@ def test_clips_too_large_for_the_rows_are_told_before_anything_is_trained(
     monkeypatch.setitem(walk.STAGES, "vae", lambda run: pytest.fail("trained"))
     with pytest.raises(InputError, match=r"film.*at 320x256 .* tokens or more.*latents\.area=0"):
         walk.run_all(Run(section, tmp_path / "run"))
+
+
+@pytest.fixture
+def walked(config, tmp_path, monkeypatch):
+    """`walked()`: the names of the stages that a walk does; each writes what it is known by."""
+    section = runpy.run_path(str(config))["get_config"]().to_dict()
+    section["vae"]["finish"] = {"loss": {}, "optimizer": {}, "loop": {}}
+    run, done = Run(section, tmp_path), []
+    left = {
+        name: [pattern.replace("*", "6") for pattern in patterns]
+        for name, patterns in walk._leaves(run).items()
+    }
+    assert left.keys() == walk.STAGES.keys()
+
+    def stage(name: str):
+        def work(run):
+            done.append(name)
+            for path in left[name]:
+                files.write_text(run.path(path), "here")
+            return {"name": name}
+
+        return work
+
+    for name in walk.STAGES:
+        monkeypatch.setitem(walk.STAGES, name, stage(name))
+
+    def walked() -> list[str]:
+        done.clear()
+        assert [walk.do(run, name) for name in walk.STAGES] == [{"name": n} for n in walk.STAGES]
+        return list(done)
+
+    assert walked() == list(walk.STAGES)
+    assert walked() == []
+    return walked
+
+
+@pytest.mark.parametrize(
+    ("gone", "name"),
+    [
+        ("world", "worlds"),
+        ("shards", "prepare"),
+        ("tokenizer.model", "tokenizer"),
+        ("vae", "vae"),
+        ("vae/latent_statistics.json", "vae"),
+        ("finish", "finish"),
+        ("latents", "encode"),
+        ("latents/cache.json", "encode"),
+        ("dit/checkpoints/6", "dit"),
+        ("evaluation.json", "evaluate"),
+        ("report.html", "report"),
+    ],
+)
+def test_a_stage_whose_output_is_gone_is_done_again_and_what_shows_it_too(
+    walked, tmp_path, gone, name
+):
+    path = tmp_path / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shows = [later for later in ("sample", "evaluate", "report") if later != name]
+    order = list(walk.STAGES)
+    assert walked() == [name, *(one for one in shows if order.index(one) > order.index(name))]
+    assert walked() == []
+
+
+def test_a_stage_that_was_skipped_has_left_nothing(config, tmp_path):
+    section = runpy.run_path(str(config))["get_config"]().to_dict()
+    entry = {"seconds": 0.0, "complete": True, "result": {"skipped": "no vae.finish"}}
+    files.write_json(tmp_path / "stages.json", {"finish": entry})
+    assert walk._noted(Run(section, tmp_path))["finish"] == entry

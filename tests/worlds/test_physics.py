@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -166,6 +170,12 @@ def test_the_folder_holds_every_format_and_accounts_for_every_file(tmp_path):
 
 def test_an_interrupted_rendering_goes_on_and_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     physics.write(config(), tmp_path / "whole")
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / f".clip_00005.{ended.pid}.part.mp4").write_bytes(b"killed here")
+    living = tmp_path / "stopped" / f".clip_00005.{os.getppid()}.part.mp4"
+    living.write_bytes(b"being written")
     render, rendered = physics.render, []
 
     def stop_at_five(scene):
@@ -178,13 +188,13 @@ def test_an_interrupted_rendering_goes_on_and_equals_an_uninterrupted_one(tmp_pa
         patch.setattr(physics, "render", stop_at_five)
         physics.write(config(), tmp_path / "stopped")
     assert not (tmp_path / "stopped" / "world.json").exists()
-    (tmp_path / "stopped" / ".clip_00005.1.part.mp4").write_bytes(b"killed here")
     with pytest.raises(InputError, match="another config"):
         physics.write(config(seed=1), tmp_path / "stopped")
 
     monkeypatch.setattr(physics, "render", lambda scene: rendered.append(scene) or render(scene))
     physics.write(config(), tmp_path / "stopped")
     assert len(rendered) == 8
+    living.unlink()  # it was left alone
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
     physics.write(config(), tmp_path / "stopped")
     assert len(rendered) == 8

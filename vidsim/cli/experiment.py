@@ -4,9 +4,9 @@ import json
 import re
 
 from absl import flags
-from ml_collections import config_flags
 
 from vidsim import compiling
+from vidsim.cli import config_file
 from vidsim.errors import InputError
 from vidsim.parallel import multihost
 from vidsim.stages import claims, walk
@@ -20,9 +20,7 @@ READERS = {"feature_network": lpips.load, "published": wan_vae.Weights}
 
 
 def define_config() -> None:
-    config_flags.DEFINE_config_file(
-        "config", None, "Experiment file; --config.a.b=value overrides a field."
-    )
+    config_file.define()
     flags.mark_flag_as_required("config")
 
 

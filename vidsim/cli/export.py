@@ -37,13 +37,15 @@ def main() -> dict:
     multihost.run_once(_check_new, "export/check")
     run = run_folder.open_folder(FLAGS.run, **experiment.READERS)
     # Every process loads, as Orbax wants; one of them writes.
-    loaded = run_folder.load_models(run, FLAGS.weights)
+    step = run_folder.sampled_step(run)
+    loaded = run_folder.load_models(run, FLAGS.weights, step)
 
     def work() -> dict:
         trained = run_folder.trained_on(run)
         about = {
             "name": run.config["name"],
             "weights": FLAGS.weights,
+            "step": step,
             "sample": run.config["sample"],
             "trained": trained and dataclasses.asdict(trained),
         }

@@ -18,6 +18,7 @@ import tempfile
 from absl import flags
 from absl import logging as absl_logging
 
+from vidsim.cli import config_file
 from vidsim.errors import InputError, Restart
 
 VERBS = {
@@ -69,8 +70,8 @@ def parse(verb: str, arguments: list[str]):
         name, equals, value = argument.partition("=") if is_flag else (before, "=", argument)
         if "=" in name or not name.startswith("-"):
             raise unexpected(argument)  # which may be why a flag is missing: said before that
-        if name in ("--config", "-config") and equals and not os.path.isfile(value):
-            raise InputError(f"no config file {value}; give an experiment such as experiments/*.py")
+        if name in ("--config", "-config") and equals:
+            config_file.check(value)
     try:
         rest = flags.FLAGS([f"vidsim {verb}", *arguments])
     except (AttributeError, KeyError) as error:

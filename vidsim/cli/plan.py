@@ -1,5 +1,7 @@
 """What training would draw from the shards: a table of the buckets and of the packs."""
 
+import sys
+
 from vidsim.cli import experiment
 from vidsim.stages import planning
 
@@ -14,5 +16,5 @@ def main() -> dict:
     tables = {"pixels": planning.pixel_buckets, "latents": planning.latent_packs}
     for name, make in tables.items():
         table, summary[name] = make(run)
-        print(table, flush=True)
+        print(table, file=sys.stderr, flush=True)
     return summary

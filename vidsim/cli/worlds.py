@@ -1,8 +1,8 @@
 """Renders the captioned world of an experiment: mp4 and png files, captions, ground truth."""
 
 from absl import flags
-from ml_collections import config_flags
 
+from vidsim.cli import config_file
 from vidsim.config import build
 from vidsim.errors import InputError
 from vidsim.parallel import multihost
@@ -12,7 +12,7 @@ FLAGS = flags.FLAGS
 
 
 def define_flags() -> None:
-    config_flags.DEFINE_config_file("config", None, "Experiment file with a `world` section.")
+    config_file.define()
     flags.DEFINE_string("out", None, "Folder that the world is written to.", required=True)
     flags.mark_flag_as_required("config")
 

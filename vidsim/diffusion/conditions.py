@@ -5,8 +5,8 @@ a clip draws one of three kinds (Diffusion Forcing, arXiv:2407.01392, mixed with
 
     plain       every latent at one time
     two times   up to half of the latents at a second time
-    given       a span is given: the first latents, the last, both ends, or random ones; clean half
-                of the time, otherwise at a small second time
+    given       a span is given: the first latents, the last, both ends, or random ones; at a small
+                second time in `noisy_given_rate` of them, otherwise clean
 """
 
 # t latent frames, h latent rows, w latent columns

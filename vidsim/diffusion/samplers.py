@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from vidsim.diffusion import flow
+from vidsim.errors import InputError
 
 Denoise = Callable[[jax.Array, jax.Array], jax.Array]  # (x_BLP, t_BL1) -> x0_hat_BLP
 
@@ -30,6 +31,14 @@ def heun(denoise: Denoise, x: jax.Array, t: jax.Array, t_next: jax.Array) -> jax
 
 
 SOLVERS = {"euler": euler, "heun": heun}
+
+
+def check(solver: str, steps: int) -> None:
+    """Raises InputError where `solve` has no such solver, or takes more steps."""
+    if solver not in SOLVERS:
+        raise InputError(f"solver={solver!r} is unknown; use {' or '.join(sorted(SOLVERS))}")
+    if steps < 2:
+        raise InputError(f"steps={steps} is under 2, the fewest that a sampler takes")
 
 
 def solve(

@@ -79,9 +79,14 @@ def physics_requests(
     limit: int,
     template: dict,
 ) -> list[tuple[generate.Request, np.ndarray, dict]]:
-    """(request, real clip, truth) to extend held-out clips with truth from their first frames."""
+    """(request, real clip, truth) to extend held-out clips with truth from their first frames.
+
+    There are at most `limit` of them.
+    """
     found = []
     for record in held_out(clips.index, frames=frames):
+        if len(found) == limit:
+            break
         row = clips.index[record]
         known = truth.get(row["source"])
         if (
@@ -103,8 +108,6 @@ def physics_requests(
             **template,
         )
         found.append((request, real, cut(known, frames)))
-        if len(found) == limit:
-            break
     return found
 
 

@@ -109,7 +109,7 @@ def _over_training(run: pathlib.Path) -> str:
 def _gallery(run: pathlib.Path) -> str:
     samples = [(path, _sidecar(path)) for path in _media(run / "samples" / "final")]
     # A picture without a side-car is an input that stands beside what was made of it.
-    inputs = {(run / facts["input"]).resolve() for _, facts in samples if facts.get("input")}
+    inputs = {_begin(path, facts) for path, facts in samples}
     samples = [(path, facts) for path, facts in samples if facts or path.resolve() not in inputs]
     if not samples:
         return markup.missing("No samples of the trained model yet: samples/final is not written.")
@@ -117,9 +117,10 @@ def _gallery(run: pathlib.Path) -> str:
     for path, facts in samples:
         mode = facts.get("mode", "text")
         mode = "image" if mode == "text" and path.suffix == ".png" else mode
-        cells = markup.clip(path, "generated" if facts.get("input") else "", _CELL)
-        if facts.get("input"):
-            cells = _input(run, facts["input"]) + cells
+        begin = _begin(path, facts)
+        cells = markup.clip(path, "generated" if begin else "", _CELL)
+        if begin:
+            cells = _input(run, begin) + cells
         groups.setdefault(_MODES.get(mode, str(mode)), []).append(
             markup.row(markup.prompt(facts), cells)
         )
@@ -131,11 +132,16 @@ def _gallery(run: pathlib.Path) -> str:
     return f'<div class="gallery">{"".join(blocks)}</div>'
 
 
-def _input(run: pathlib.Path, name: str) -> str:
-    path = (run / name).resolve()
+def _begin(path: pathlib.Path, facts: dict) -> pathlib.Path | None:
+    """What a sample at `path` began with, if its side-car names an image or a video."""
+    name = facts.get("image") or facts.get("video")
+    return (path.parent / name).resolve() if name else None
+
+
+def _input(run: pathlib.Path, path: pathlib.Path) -> str:
     if path.is_relative_to(run.resolve()) and path.is_file() and path.suffix in markup.MEDIA:
         return markup.clip(path, "given", _CELL, css="given-whole")
-    return f"<figure>{markup.missing(f'the input {name} is not in the run folder')}</figure>"
+    return f"<figure>{markup.missing(f'the input {path.name} is not in the run folder')}</figure>"
 
 
 def _physics(run: pathlib.Path) -> str:

@@ -2,7 +2,7 @@
 
 An exported folder holds
 
-    model.json            configs, provenance, what the weights are (which EMA, or none)
+    model.json            configs, provenance, what the weights are (which EMA or none, which step)
     vae.safetensors       weights and latent statistics
     dit.safetensors       weights of transformer and text encoder
     tokenizer.model       SentencePiece
@@ -30,7 +30,7 @@ from vidsim.sampling.generate import Models
 from vidsim.text import encoder, tokenizer
 from vidsim.training import checkpoint
 
-FORMAT = 2
+FORMAT = 3
 AUTOENCODERS = {"vae": vae.Config, "wan_vae": wan_vae.Config}
 
 
@@ -121,16 +121,22 @@ def choices(emas: Sequence[str]) -> dict[str, str]:
     return {"ema": next(iter(by_name), "params"), "params": "params", **by_name}
 
 
-def restore(folder: str | os.PathLike, abstract, weights: str, emas: Sequence[str]):
-    """The newest weights in the checkpoints of a training stage that keeps the averages `emas`.
+def restore(
+    folder: str | os.PathLike,
+    abstract,
+    weights: str,
+    emas: Sequence[str],
+    step: int | None = None,
+):
+    """The weights of `step` (the newest) of a training stage that keeps the averages `emas`.
 
     Raises:
-      InputError: there is no checkpoint, or `weights` is none of `choices(emas)`.
+      InputError: there is no such checkpoint, or `weights` is none of `choices(emas)`.
     """
     known = choices(emas)
     if weights not in known:
         raise InputError(f"weights={weights!r} is none of {', '.join(known)}")
-    return checkpoint.load_part(folder, known[weights], abstract)
+    return checkpoint.load_part(folder, known[weights], abstract, step)
 
 
 def restore_vae(folder: str | os.PathLike, config: Grid, weights: str, emas: Sequence[str]):

@@ -51,7 +51,10 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One video or image to make. `given_THWC` are the frames that it begins with, if any."""
+    """One video or image to make. `given_THWC` are the frames that it begins with, if any.
+
+    Without a prompt there is nothing to guide towards: its `guidance_scale` is 1.
+    """
 
     mode: str  # one of conditions.MODES
     prompt: str
@@ -65,10 +68,14 @@ class Request:
     solver: str
     given_THWC: np.ndarray | None = None
 
+    def __post_init__(self):
+        if not self.prompt.strip():
+            object.__setattr__(self, "guidance_scale", 1.0)
+
     def shape(self) -> tuple:
         """What a compiled sampler depends on."""
         given = 0 if self.given_THWC is None else len(self.given_THWC)
-        guided = self.guidance_scale != 1.0 and bool(self.prompt.strip())
+        guided = self.guidance_scale != 1.0
         return self.frames, self.height, self.width, self.steps, self.solver, given, guided
 
 
@@ -81,6 +88,24 @@ def dit_graph(config: dit.Config, text: encoder.Config, patch_values: int) -> nn
     return nnx.split(nnx.eval_shape(lambda: dit.DiT(config, text, patch_values, nnx.Rngs(0))))[0]
 
 
+def check_values(request: Request, grid: int) -> None:
+    """Finds what no model could make, whatever frames are given; `grid` are the pixels of a token.
+
+    Raises:
+      InputError: a size off the grid, an unknown solver, too few steps, a rate of nothing.
+    """
+    samplers.check(request.solver, request.steps)
+    if not request.fps > 0:
+        raise InputError(f"fps={request.fps} is not positive; give frames a second")
+    for name, side in (("height", request.height), ("width", request.width)):
+        if side < 1 or side % grid:
+            lower = max(side // grid, 1) * grid
+            raise InputError(
+                f"{name}={side} is not a multiple of {grid}, the pixels of a token; "
+                f"use {lower} or {lower + grid}"
+            )
+
+
 def check(models: Models, request: Request) -> tuple[int, int, int]:
     """The latent grid of a request.
 
@@ -91,20 +116,7 @@ def check(models: Models, request: Request) -> tuple[int, int, int]:
         raise InputError(
             f"mode={request.mode!r} is unknown; use {' or '.join(sorted(conditions.MODES))}"
         )
-    if request.solver not in samplers.SOLVERS:
-        known = " or ".join(sorted(samplers.SOLVERS))
-        raise InputError(f"solver={request.solver!r} is unknown; use {known}")
-    if request.steps < 2:
-        raise InputError(f"steps={request.steps} is under 2, the fewest that a sampler takes")
-    if not request.fps > 0:
-        raise InputError(f"fps={request.fps} is not positive; give frames a second")
-    for name, side in (("height", request.height), ("width", request.width)):
-        if side % models.stride:
-            lower = max(side // models.stride, 1) * models.stride
-            raise InputError(
-                f"{name}={side} is not a multiple of {models.stride}, the pixels of a token; "
-                f"use {lower} or {lower + models.stride}"
-            )
+    check_values(request, models.stride)
     grid = models.vae.latent_size(request.frames, request.height, request.width)
     given = request.given_THWC
     if (given is not None) != (request.mode != "text"):

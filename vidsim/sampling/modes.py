@@ -9,14 +9,16 @@ import dataclasses
 import math
 import mimetypes
 import os
+from collections.abc import Iterator
 
 import numpy as np
 
 from vidsim import files
 from vidsim.data import video
 from vidsim.data.shapes import nearest_size
+from vidsim.diffusion import samplers
 from vidsim.errors import InputError
-from vidsim.sampling.generate import Models, Request, generate
+from vidsim.sampling.generate import Models, Request, check_values, generate
 
 INPUTS = {"text": None, "animate": "image", "extend": "video"}  # the flag that names it
 
@@ -32,6 +34,18 @@ class Config:
     solver: str
     given_frames: int  # of the video to extend: its last 1 + 4k
     sizes: tuple[tuple[int, int], ...]  # (width, height): the nearest to the input's aspect ratio
+
+    def __post_init__(self):
+        samplers.check(self.solver, self.steps)
+        if not self.fps > 0:
+            raise InputError(f"sample.fps={self.fps} is not positive; give frames a second")
+        if not self.sizes:
+            raise InputError("sample.sizes is empty; give at least one (width, height)")
+        if self.given_frames < 1 or 1 < self.frames <= self.given_frames:
+            raise InputError(
+                f"sample.given_frames={self.given_frames} is not from 1 to under "
+                f"sample.frames={self.frames}: a video goes on from fewer frames than it has"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,39 +64,42 @@ class Input:
     given_THWC: np.ndarray
 
 
-def read_input(path: str | os.PathLike, mode: str, config: Config, *, width, height) -> Input:
+def read_input(
+    path: str | os.PathLike, mode: str, *, fps: float, given_frames: int, width: int, height: int
+) -> Input:
     """Reads the image or video that `mode` begins with, resized to `width` x `height`.
 
     Raises:
-      InputError: no such file, not decodable, or shorter than `given_frames`.
+      InputError: not decodable, or shorter than `given_frames` at `fps`.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"no file {path}; give --image for animate, --video for extend")
     try:
         if mode == "animate":
             frames = video.read_frames(path, count=1, size=(height, width))
         else:
-            frames = video.read_frames(path, fps=config.fps, size=(height, width))
+            frames = video.read_frames(path, fps=fps, size=(height, width))
     except video.DecodeError as error:
         raise InputError(f"{path} cannot be decoded: {error}; give another file") from error
-    count = 1 if mode == "animate" else config.given_frames
+    count = 1 if mode == "animate" else given_frames
     if len(frames) < count:
         raise InputError(
-            f"{path} has {len(frames)} frames at {config.fps} frames/s, extend needs "
+            f"{path} has {len(frames)} frames at {fps:g} frames/s, extend needs "
             f"given_frames={count}; give a longer video or lower --given_frames to 1 + 4k"
         )
     return Input(frames[: len(frames) - count], frames[len(frames) - count :])
 
 
-def size_of(path: str | os.PathLike | None, config: Config) -> tuple[int, int]:
-    """(width, height) to sample at: nearest to the input's aspect ratio, else the first size."""
-    if path is None:
-        return tuple(config.sizes[0])
+def probe(path: str | os.PathLike) -> video.VideoInfo:
+    """What the input file of a mode is.
+
+    Raises:
+      InputError: no such file, or not decodable.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no file {path}; give --image for animate, --video for extend")
     try:
-        info = video.probe(path)
+        return video.probe(path)
     except (video.DecodeError, OSError) as error:
         raise InputError(f"{path} cannot be decoded: {error}; give another file") from error
-    return nearest_size(info.width, info.height, config.sizes)
 
 
 def write(
@@ -129,19 +146,25 @@ def without_ending(out: str, request: Request) -> str:
     return out
 
 
-def far_beyond(models: Models, request: Request, trained: Trained) -> str | None:
-    """Words where a request is over twice the tokens, or the longest side, of what was trained."""
-    frames, height, width = trained.largest
+def remarks(models: Models, request: Request, trained: Trained | None) -> Iterator[str]:
+    """Lines for who asked for a sample that may not be what they expect."""
+    if not request.prompt.strip():
+        yield "note: without a prompt nothing guides the sample: it is made at guidance_scale=1"
+    if trained is not None and far_beyond(models, request, trained):
+        (frames, height, width), side = trained.largest, trained.side
+        yield (
+            f"warning: {request.frames}x{request.width}x{request.height} (frames, width, height) "
+            f"is far beyond training, whose largest sample was {frames}x{width}x{height} and "
+            f"longest side {side}; do not expect much of it"
+        )
+
+
+def far_beyond(models: Models, request: Request, trained: Trained) -> bool:
+    """Whether a request is over twice the tokens, or the longest side, of what was trained."""
     asked = models.vae.latent_size(request.frames, request.height, request.width)
-    known = models.vae.latent_size(frames, height, width)
+    known = models.vae.latent_size(*trained.largest)
     side = max(request.height, request.width)
-    if math.prod(asked) <= 2 * math.prod(known) and side <= trained.side:
-        return None
-    return (
-        f"{request.frames}x{request.width}x{request.height} (frames, width, height) is far beyond "
-        f"training, whose largest sample was {frames}x{width}x{height} and longest side "
-        f"{trained.side}; do not expect much of it"
-    )
+    return math.prod(asked) > 2 * math.prod(known) or side > trained.side
 
 
 def side_car(request: Request) -> dict:
@@ -152,22 +175,30 @@ def side_car(request: Request) -> dict:
     return facts
 
 
+def origin(choice: dict) -> dict:
+    """The run and the input of a choice, for a side-car: paths that hold wherever it is read."""
+    paths = {name: choice[name] for name in ("run", "image", "video")}
+    return {name: path and os.path.abspath(path) for name, path in paths.items()}
+
+
 def from_flags(given: dict) -> dict:
     """What the user chose: flags that were set, over the side-car of `--request`, if any.
 
-    The side-cars that a run leaves name their input by its path in the run, and no run.
+    A path in a side-car that does not begin at the root begins where the side-car stands.
 
     Raises:
       InputError: no such side-car, no side-car of a sample, or no run named in either.
     """
     side_car = _read_side_car(given["request"]) if given["request"] else {}
+    mode = given["mode"] or side_car.get("mode", "text")
+    # What the side-car began with is nobody's choice for a mode that does not take it.
+    takes = {INPUTS.get(mode), "given_frames" if mode == "extend" else None}
+    for name in {"image", "video", "given_frames"} - takes:
+        side_car.pop(name, None)
     choice = {**dict.fromkeys(given), **side_car}
     choice.update({name: value for name, value in given.items() if value is not None})
     if not choice["run"]:
         raise InputError("no run to sample from; give --run=FOLDER, a run's or an exported one")
-    needed = INPUTS.get(choice["mode"])
-    if needed and side_car.get("input") and not (choice["image"] or choice["video"]):
-        choice[needed] = os.path.join(choice["run"], side_car["input"])
     return choice
 
 
@@ -181,8 +212,9 @@ def _read_side_car(path: str) -> dict:
         raise InputError(f"side-car {path} is not JSON ({error}); {remedy}") from error
     if not isinstance(found, dict):
         raise InputError(f"side-car {path} is no JSON object; {remedy}")
-    if found.get("mode") != "extend":
-        found.pop("given_frames", None)  # They are what the mode takes, nobody's choice.
+    for name in ("run", "image", "video"):
+        if found.get(name):
+            found[name] = os.path.realpath(os.path.join(os.path.dirname(path), found[name]))
     return found
 
 
@@ -205,12 +237,11 @@ def request(
     source = choice[needed] if needed else None
     if needed and not source:
         raise InputError(f"mode={mode} needs --{needed}=FILE")
+    names = [field.name for field in dataclasses.fields(Config) if field.name != "sizes"]
     filled = {
-        field.name: choice[field.name] if choice[field.name] is not None else default
-        for field in dataclasses.fields(Config)
-        if (default := getattr(config, field.name)) is not None and field.name != "sizes"
+        name: getattr(config, name) if choice[name] is None else choice[name] for name in names
     }
-    count = filled["given_frames"]
+    count = filled.pop("given_frames")
     if mode == "extend" and (count < 1 or (count - 1) % stride):
         lower = 1 + (max(count, 1) - 1) // stride * stride
         raise InputError(
@@ -222,25 +253,25 @@ def request(
         raise InputError(
             f"{given}={choice[given]} without {other}; give both or neither, multiples of {grid}"
         )
-    if choice["width"] is None:
-        width, height = size_of(source, config)
-    else:
-        width, height = choice["width"], choice["height"]
-    begin = None
-    if source:
-        wanted = dataclasses.replace(config, fps=filled["fps"], given_frames=filled["given_frames"])
-        begin = read_input(source, mode, wanted, width=width, height=height)
+    width, height = choice["width"], choice["height"]
+    info = probe(source) if source else None
+    if width is None:
+        # Nearest to the input's aspect ratio, else the first.
+        known = config.sizes
+        width, height = nearest_size(info.width, info.height, known) if info else known[0]
+    if mode == "extend" and choice["fps"] is None:
+        filled["fps"] = info.fps  # no frame of the video is left out or shown twice
     made = Request(
         mode=mode,
         prompt=choice["prompt"] or "",
         seed=choice["seed"] or 0,
         width=width,
         height=height,
-        frames=filled["frames"],
-        fps=filled["fps"],
-        steps=filled["steps"],
-        guidance_scale=filled["guidance_scale"],
-        solver=filled["solver"],
-        given_THWC=begin.given_THWC if begin else None,
+        **filled,
     )
-    return made, begin.before_THWC if begin and len(begin.before_THWC) else None
+    check_values(made, grid)
+    if not source:
+        return made, None
+    begin = read_input(source, mode, fps=made.fps, given_frames=count, width=width, height=height)
+    before = begin.before_THWC if len(begin.before_THWC) else None
+    return dataclasses.replace(made, given_THWC=begin.given_THWC), before

@@ -4,6 +4,9 @@ A value that no stage has begun with is free, and so are those that only what is
 that is done again. A stage has begun when its output is there.
 """
 
+import os
+import socket
+
 from vidsim import config as configs
 from vidsim import files
 from vidsim.errors import InputError
@@ -13,23 +16,38 @@ SHOWING = ("sample", "evaluate", "report")  # quick
 LEARNING = ("encode", "dit", *SHOWING)
 TRAINING = ("vae", "finish", *LEARNING)
 PREPARING = ("prepare", "tokenizer", *TRAINING)
-# Sections of an experiment, and keys in them -> the stages whose output depends on their values.
+# Sections of an experiment, and keys in them -> the stages whose output depends on their values:
+# none where a value says how fast, on what or how often noted, but not what comes out.
 READ_BY: dict[str, tuple[str, ...]] = {
     "name": SHOWING,
     "seed": TRAINING,
-    "mesh": TRAINING,
+    "mesh": (),
     "topology": (),
     "world": ("worlds", *PREPARING),
     "data": PREPARING,
+    "data.cache_megabytes": (),
     "data.engine": (),
     "data.on_change": (),
     "pipeline": TRAINING,
+    "pipeline.prefetch": (),
+    "pipeline.threads": (),
+    "pipeline.workers": (),
     "vae": TRAINING,
     "vae.finish": ("finish", *SHOWING),
+    "vae.finish.loop.checkpoint_every": (),
+    "vae.finish.loop.log_every": (),
+    "vae.loop.checkpoint_every": (),
+    "vae.loop.log_every": (),
     "latents": LEARNING,
+    "latents.batch_pixels": (),
     "dit": ("dit", *SHOWING),
     "dit.earlier": LEARNING,
+    "dit.loop.checkpoint_every": (),
+    "dit.loop.log_every": (),
     "dit.model.patch": TRAINING,  # the grid that clips are cut to
+    "dit.model.remat": (),
+    "dit.model.unroll": (),
+    "dit.optimizer.accumulate": (),
     "dit.text.max_tokens": ("tokenizer", "dit", *SHOWING),
     "dit.text.vocabulary": ("tokenizer", "dit", *SHOWING),
     "sample": SHOWING,
@@ -52,14 +70,22 @@ OUTPUTS = {
 def claim(run: Run) -> None:
     """Writes config.json, or checks that the folder has begun with no other values.
 
-    Stages that depend on a value that changed are not complete any more.
+    Stages that depend on a value that changed are not complete any more. Until this process ends,
+    no other can claim the folder.
 
     Raises:
-      InputError: a stage has begun with another value; the input or a library is not there.
+      InputError: a stage has begun with another value; the input or a library is not there; another
+        process has the folder.
     """
     path = run.path("config.json")
     if not path.exists():
-        run.check_sources()
+        run.check_sources()  # first: a folder is not even made for what cannot be
+    user = files.lock(run.path(".lock"), f"process {os.getpid()} on {socket.gethostname()}")
+    if user is not None:
+        raise InputError(
+            f"{run.workdir} is being written by {user}; wait until it ends, or use a new --workdir"
+        )
+    if not path.exists():
         files.write_json(path, run.config)
         return
     changes = configs.differences(files.read_json(path), run.config)
@@ -82,10 +108,20 @@ def claim(run: Run) -> None:
 
 
 def read_by(key: str) -> tuple[str, ...]:
-    """The stages whose output depends on the value of `key`, such as "vae.loss.kl_weight"."""
-    while key not in READ_BY:
-        key = key.rpartition(".")[0]
-    return READ_BY[key]
+    """The stages whose output depends on the value of `key`, such as "vae.loss.kl_weight".
+
+    Raises:
+      InputError: it stands in no section of an experiment.
+    """
+    known = key
+    while known and known not in READ_BY:
+        known = known.rpartition(".")[0]
+    if not known:
+        raise InputError(
+            f"config.json of the work folder has {key!r}, which is no section of an experiment in "
+            "this version; use the version that began the folder, or a new --workdir"
+        )
+    return READ_BY[known]
 
 
 def _outputs(run: Run, stage: str) -> list[str]:

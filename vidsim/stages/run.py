@@ -10,8 +10,8 @@ from typing import Protocol
 
 import numpy as np
 
+from vidsim import compiling, files
 from vidsim import config as configs
-from vidsim import files
 from vidsim.data import (
     buckets,
     engine,
@@ -174,6 +174,12 @@ class Run:
                         f"{name}.loop.{field.name}={getattr(settings, field.name)} is under 1; "
                         "give a number of steps"
                     )
+        clips, given = self.evaluation.physics_clips, self.sample.given_frames
+        if self.rendered and clips and self.evaluation.physics_frames <= given:
+            raise InputError(
+                f"evaluation.physics_frames={self.evaluation.physics_frames} leave nothing to make "
+                f"after sample.given_frames={given}; raise it, or set evaluation.physics_clips=0"
+            )
         if not self.report.prompts:
             raise InputError("report.prompts is empty; give at least one prompt")
 
@@ -354,17 +360,22 @@ def latent_mark(run: Run, models: generate.Models, config: latents.Config) -> st
     return latents.fingerprint(made_by, config, run.stride, fps=run.data.fps)
 
 
-def load_models(run: Run, weights: str = "ema") -> generate.Models:
-    """The trained models of a run, from its newest checkpoints.
+def load_models(run: Run, weights: str = "ema", step: int | None = None) -> generate.Models:
+    """The trained models of a run: the transformer of `step`, by default the newest.
 
     Raises:
-      InputError: there are none, or the transformer has no such `weights`.
+      InputError: there is no such checkpoint, or the transformer has no such `weights`.
     """
     values = exported.patch_values(run.vae, run.dit)
     abstract = exported.abstract_dit(run.dit, run.text, values)
     emas = run.optimizers["dit"].ema_names
-    params = exported.restore(run.path("dit", "checkpoints"), abstract, weights, emas)
+    params = exported.restore(run.path("dit", "checkpoints"), abstract, weights, emas, step)
     return dataclasses.replace(load_vae(run, weights), dit_params=params, tokenizer=run.words())
+
+
+def sampled_step(run: Run) -> int | None:
+    """The step of the transformer that is sampled unless another is asked for."""
+    return checkpoint.newest(run.path("dit", "checkpoints"))
 
 
 def trained_on(run: Run) -> modes.Trained | None:
@@ -377,3 +388,39 @@ def trained_on(run: Run) -> modes.Trained | None:
     (time, space), (t, h, w) = run.vae.compression, max(grids, key=math.prod)
     side = space * max(max(grid[1:]) for grid in grids)
     return modes.Trained((1 + (t - 1) * time, h * space, w * space), side)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What to sample with, of a run or of an exported folder."""
+
+    models: generate.Models
+    defaults: modes.Config
+    weights: str
+    step: int  # of the transformer
+    trained: modes.Trained | None  # None: nobody knows any more
+
+
+def open_models(folder: str, weights: str | None, step: int | None, **readers) -> Opened:
+    """The models of a run, or of a folder that `export` wrote; by default its first average.
+
+    Raises:
+      InputError: the folder is neither, or has no such weights or step.
+    """
+    path = pathlib.Path(folder, "model.json")
+    if not path.is_file():
+        run = open_folder(folder, **readers)
+        weights, step = weights or "ema", sampled_step(run) if step is None else step
+        compiling.cache_in(run.path("compiled"))
+        models = load_models(run, weights, step)
+        return Opened(models, run.sample, weights, step, trained_on(run))
+    models, about = exported.load(folder), files.read_json(path)
+    for name, asked in (("weights", weights), ("step", step)):
+        if asked is not None and asked != about[name]:
+            raise InputError(
+                f"{name}={asked}, but {folder} holds {name}={about[name]} alone; use "
+                f"--{name}={about[name]}, or --run with the run that it was exported from"
+            )
+    trained = about["trained"] and configs.build(modes.Trained, about["trained"])
+    defaults = configs.build(modes.Config, about["sample"], where="sample")
+    return Opened(models, defaults, about["weights"], about["step"], trained)

@@ -84,6 +84,11 @@ class Data:
             raise InputError(
                 f"data.on_change={self.on_change!r} is none of {', '.join(checkpoint.ON_CHANGE)}"
             )
+        if not 0 <= self.validation_share < 1:
+            raise InputError(
+                f"data.validation_share={self.validation_share} is not from 0 to under 1; give the "
+                "share of the files that is kept from training"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +96,22 @@ class Evaluation:
     batches: int
     times: tuple[float, ...]
     vae_clips: int
-    physics_clips: int
+    physics_clips: int  # at most; 0: none
     physics_frames: int
     guidance_scale: float
     batch: int
+
+    def __post_init__(self):
+        lowest = {"batches": 1, "vae_clips": 1, "physics_clips": 0, "physics_frames": 1, "batch": 1}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"evaluation.{name}={getattr(self, name)} is under {least}; raise it"
+                )
+        if not all(0 < t <= 1 for t in self.times):
+            raise InputError(
+                f"evaluation.times={self.times} are not all over 0, which is clean, and up to 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

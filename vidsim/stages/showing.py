@@ -10,12 +10,13 @@ from vidsim import files
 from vidsim.data import video
 from vidsim.data.shapes import nearest_size
 from vidsim.data.windows import commonest
-from vidsim.evaluation import evaluator, physics, reconstruction, report
+from vidsim.evaluation import evaluator, figures, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
-from vidsim.stages.run import Run, average, load_models, load_vae
+from vidsim.stages.run import Run, average, load_models, load_vae, sampled_step
 
 _SHOWN = 4  # clips beside their reconstructions
+_ON_SHEET = 5  # extended clips of one picture
 
 
 def vae_plan(run: Run, limit: int) -> list[tuple[int, int, int, int]]:
@@ -82,7 +83,7 @@ def sample_step(run: Run, train_state, step_number: int):
         ]
         folder = run.path("samples", f"step_{step_number:06d}")
         paths = [str(folder / f"{number:02d}") for number in range(len(requests))]
-        modes.write(models, requests, paths, cars=[{"step": step_number}] * len(requests))
+        modes.write(models, requests, paths, cars=[_car(step_number)] * len(requests))
     yield from ()
 
 
@@ -94,6 +95,7 @@ def sample_modes(run: Run) -> dict:
 
 def _sample_modes(run: Run, models: generate.Models) -> dict:
     folder, inputs = _emptied(run, "final"), _emptied(run, "inputs")
+    car = _car(sampled_step(run))
     texts = prompts(run)
     number = 0
 
@@ -105,10 +107,10 @@ def _sample_modes(run: Run, models: generate.Models) -> dict:
     for place, size in enumerate(run.sample.sizes):
         text = texts[place % len(texts)]
         request = text_request(run, text, run.report.seed + 1, size, run.sample.frames)
-        modes.write(models, [request], [name("text")], cars=[{}])
+        modes.write(models, [request], [name("text")], cars=[car])
     size = run.sample.sizes[-1]
     request = text_request(run, texts[0], run.report.seed, size, 1)
-    modes.write(models, [request], [name("text")], cars=[{}])
+    modes.write(models, [request], [name("text")], cars=[car])
 
     for mode, count in (("animate", 1), ("extend", run.sample.given_frames)):
         records = with_frames(run, count)
@@ -123,8 +125,9 @@ def _sample_modes(run: Run, models: generate.Models) -> dict:
             video.write_image(path, given[0])
         else:
             video.write_video(path, given, fps)
-        settings = dataclasses.replace(run.sample, fps=fps)
-        begin = modes.read_input(path, mode, settings, width=width, height=height)
+        begin = modes.read_input(
+            path, mode, fps=fps, given_frames=count, width=width, height=height
+        )
         prompt = row["captions"][0][0] if row["captions"] else ""
         request = dataclasses.replace(
             text_request(run, prompt, run.report.seed, (width, height), run.sample.frames),
@@ -132,9 +135,14 @@ def _sample_modes(run: Run, models: generate.Models) -> dict:
             given_THWC=begin.given_THWC,
             fps=fps,
         )
-        car = {"input": str(path.relative_to(run.workdir)), "source": row["source"]}
-        modes.write(models, [request], [name(mode)], cars=[car])
+        given = {modes.INPUTS[mode]: f"../{inputs.name}/{path.name}", "source": row["source"]}
+        modes.write(models, [request], [name(mode)], cars=[car | given])
     return {"samples": number}
+
+
+def _car(step: int) -> dict:
+    """What the side-cars of samples/*/ have in common; their paths begin where they stand."""
+    return {"run": "../..", "step": step}
 
 
 def _emptied(run: Run, name: str) -> pathlib.Path:
@@ -187,8 +195,24 @@ def _evaluate(run: Run, models: generate.Models) -> dict:
                     "given_frames": run.sample.given_frames,
                 },
             )
+        if rows:
+            _write_sheet(run, cases, videos, rows[:_ON_SHEET])
     files.write_json(run.path("evaluation.json"), results)
     return results
+
+
+def _write_sheet(run: Run, cases: list, videos: list, rows: list[dict]) -> None:
+    """Extended clips as one picture, each below the real one."""
+    shown, labels = [], []
+    for row in rows:
+        request, real, _ = cases[row["case"]]
+        shown += [real, videos[row["case"]]]
+        labels += [
+            f"real: {request.prompt}",
+            f"extended from its first {run.sample.given_frames} frames",
+        ]
+    path = run.path("samples", "physics", "sheet.png")
+    figures.contact_sheet(shown, labels, path, columns=9, row_height=48, label_width=230)
 
 
 def _write_reconstructions(run: Run, models: generate.Models, plan: list[tuple]) -> None:

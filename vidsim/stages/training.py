@@ -273,7 +273,8 @@ def dit_training(run: Run) -> Training:
             if multihost.is_main():
                 yield from evaluator.x0_errors(error_at, params, packs, run.evaluation.times)
 
-        return {"val": validate, **samples}
+        # Last: rows of val say that a step is evaluated, and its samples would not be made again.
+        return {**samples, "val": validate}
 
     return Training(
         **vars(task),

@@ -1,6 +1,7 @@
 """The stages of an experiment in order; `vidsim run` walks them and every verb is one of them.
 
-A stage reads the work folder, leaves its output there, and is skipped when that is complete:
+A stage reads the work folder, leaves its output there, and is skipped when that is complete. What
+is missing is made again:
 
     world/        rendered clips, captions, truth         (unless data.input names a folder)
     shards/       clip records, index, manifest
@@ -14,6 +15,7 @@ A stage reads the work folder, leaves its output there, and is skipped when that
 """
 
 import contextlib
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from vidsim import files
 from vidsim.data import latents
 from vidsim.export import models as exported
 from vidsim.parallel import multihost
-from vidsim.stages import inputs, showing, training
+from vidsim.stages import claims, inputs, showing, training
 from vidsim.stages.run import Run
 from vidsim.training import checkpoint
 
@@ -30,7 +32,7 @@ DONE = "complete"  # key of stages.json
 NOTE_SECONDS = 10.0  # between notes of the time a stage takes: a kill loses no more of it
 
 
-# In order. A stage that is complete is one that stages.json says so of.
+# In order. A stage is complete if stages.json says so and what it leaves is there.
 STAGES: dict[str, Callable[[Run], dict]] = {
     "worlds": inputs.render_world,
     "prepare": inputs.prepare_shards,
@@ -58,7 +60,7 @@ def _latents(run: Run):
 
 
 def _dit(run: Run):
-    return checkpoint.newest_path(run.path("dit", "checkpoints"))
+    return checkpoint.path_of(run.path("dit", "checkpoints"))
 
 
 # What the stages with a verb of their own read of the folder; opening it tells what is missing.
@@ -72,6 +74,24 @@ NEEDS: dict[str, tuple[Callable[[Run], object], ...]] = {
 }
 
 
+def _leaves(run: Run) -> dict[str, list[str]]:
+    """Patterns of paths in the work folder: of each, a stage that is complete has left one."""
+    shards = [pathlib.PurePath("shards", source.name) for source in run.sources]
+    trained = [] if run.published else ["vae/checkpoints/*"]
+    return {
+        "worlds": ["world/world.json"],
+        "prepare": [str(folder / "manifest.json") for folder in shards],
+        "tokenizer": ["tokenizer.model"],
+        "vae": [*trained, "vae/latent_statistics.json"],
+        "finish": ["finish/checkpoints/*"],
+        "encode": [f"{folder}/cache.json" for folder in run.caches],
+        "dit": ["dit/checkpoints/*"],
+        "sample": ["samples/final/*"],
+        "evaluate": ["evaluation.json"],
+        "report": ["report.html"],
+    }
+
+
 def check(run: Run, name: str) -> None:
     """Raises InputError where the work folder lacks what stage `name` reads; writes nothing."""
     for open_it in NEEDS[name]:
@@ -79,12 +99,19 @@ def check(run: Run, name: str) -> None:
 
 
 def do(run: Run, name: str) -> dict:
-    """Runs one stage, unless it is complete, and notes its result and the time it took."""
+    """Runs one stage, unless it is complete, and notes its result and the time it took.
+
+    What is quick and comes after it is done again, if it was done before.
+    """
     path = run.path("stages.json")
-    noted = files.read_json(path) if path.exists() else {}
+    # Asked once: a slower process would see what a faster one has left.
+    noted = multihost.run_once(lambda: _noted(run), f"{name} noted")
     entry = noted.get(name, {"seconds": 0.0})
     if entry.get(DONE):
         return entry["result"]
+    after = list(STAGES)[list(STAGES).index(name) + 1 :]
+    for later in noted.keys() & set(claims.SHOWING) & set(after):
+        noted[later][DONE] = False
     begin = time.monotonic()
 
     def note(result: dict | None = None) -> None:
@@ -100,6 +127,17 @@ def do(run: Run, name: str) -> dict:
     finally:
         note(result)
     return result
+
+
+def _noted(run: Run) -> dict[str, dict]:
+    """What stages.json says, but for stages that it calls complete and whose output is gone."""
+    path = run.path("stages.json")
+    noted = files.read_json(path) if path.exists() else {}
+    for name, patterns in _leaves(run).items():
+        entry = noted.get(name, {DONE: False})
+        if entry[DONE] and "skipped" not in entry["result"]:
+            entry[DONE] = all(any(run.workdir.glob(pattern)) for pattern in patterns)
+    return noted
 
 
 @contextlib.contextmanager

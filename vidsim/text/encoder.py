@@ -38,6 +38,14 @@ class Config:
         """How many times more features there are than learning rates are found at."""
         return self.features / (self.base_features or self.features)
 
+    def __post_init__(self):
+        if self.depth and (self.features % self.heads or self.features // self.heads % 2):
+            raise InputError(
+                f"dit.text.features={self.features} over heads={self.heads} is not an even head "
+                f"dimension, which dit.text.depth={self.depth} needs; choose features that are a "
+                "multiple of twice the heads"
+            )
+
 
 class Block(nnx.Module):
     """Pre-norm attention and SwiGLU."""

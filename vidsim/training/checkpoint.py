@@ -90,42 +90,52 @@ class Checkpoints:
         self._checkpointer.close()
 
 
+def steps(folder: str | os.PathLike) -> list[int]:
+    """The steps of the whole checkpoints in `folder`, in order."""
+    # A checkpoint is renamed to its step, a number, when it is whole.
+    return sorted(int(path.name) for path in pathlib.Path(folder).glob("*") if path.name.isdigit())
+
+
 def newest(folder: str | os.PathLike) -> int | None:
     """The step of the newest whole checkpoint in `folder`; None where there is none."""
-    folder = pathlib.Path(folder)
-    # A checkpoint is renamed to its step, a number, when it is whole.
-    found = [int(path.name) for path in folder.glob("*") if path.name.isdigit()]
-    return max(found, default=None)
+    return max(steps(folder), default=None)
 
 
-def newest_path(folder: str | os.PathLike) -> pathlib.Path:
-    """The newest whole checkpoint in `folder`.
+def path_of(folder: str | os.PathLike, step: int | None = None) -> pathlib.Path:
+    """The whole checkpoint of `step` in `folder`, by default the newest.
 
     Raises:
       InputError: there is none.
     """
     folder = pathlib.Path(folder).absolute()
-    step = newest(folder)
-    if step is None:
+    found = steps(folder)
+    if not found:
         raise InputError(
             f"no checkpoints at {folder}; `vidsim train --model={folder.parent.name}` first"
+        )
+    if step is None:
+        step = found[-1]
+    if step not in found:
+        raise InputError(
+            f"no checkpoint of step={step} at {folder}, which keeps steps "
+            f"{', '.join(map(str, found))}; use --step={found[-1]} for the newest"
         )
     return folder / str(step)
 
 
-def load_part(folder: str | os.PathLike, part: str, abstract):
-    """One part of the newest state in `folder`, such as `params`, on this process's first device.
+def load_part(folder: str | os.PathLike, part: str, abstract, step: int | None = None):
+    """One part of a state, such as `params`, on this process's first device.
 
-    A part may be inside of another: `ema/0.05`.
+    The state is that of `step`, by default the newest. A part may be inside of another: `ema/0.05`.
 
     It only reads, so the run may be saving meanwhile, and the mesh that it trains on does not
     matter. Every process reads all of it, and all must call it: Orbax counts its operations, and
     after one that it did alone a process would wait for the others at the next for ever.
 
     Raises:
-      InputError: there is no checkpoint.
+      InputError: there is no such checkpoint.
     """
-    path = newest_path(folder)
+    path = path_of(folder, step)
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     there = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract

@@ -284,8 +284,6 @@ def write(config: Config, out: str | os.PathLike) -> dict:
         return counts
 
     files.write_json(begun, world)
-    for leftover in out.glob(".*.part.*"):
-        leftover.unlink()
     captions, truths = [], []
     for index in progress.bar(range(config.clips), desc="worlds", unit="clip"):
         scene = simulate(config, index)
