@@ -12,6 +12,7 @@ from flax import nnx
 
 from vidsim import trees
 from vidsim.data import buckets, packing
+from vidsim.data.windows import windows_of
 from vidsim.export import models
 from vidsim.parallel import mesh
 from vidsim.parallel.sharding import ShardingRules
@@ -81,6 +82,39 @@ def test_an_autoencoder_sees_videos_of_every_size_within_the_cost_of_a_step(name
     longest = {shape[1:]: shape[0] for shape in shapes}  # by length they are in order
     assert len(longest) > 2 and min(longest.values()) > 1
     assert all(buckets.batch_size(shape, run.buckets) for shape in shapes)
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+@pytest.mark.parametrize("devices", [8, 16, 32])
+def test_an_autoencoder_and_its_judges_divide_over_devices(name, devices, tmp_path):
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    axes = dict.fromkeys(mesh.AXES, 1) | {"fsdp": devices}
+    drawn = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    for stage in ("vae", "finish"):
+        make_model = training.vae_task(run, stage).make_model
+        shapes = trees.flatten(state.abstract_params(make_model))
+        found = state.shardings_of_params(make_model, drawn, ShardingRules())
+        held = sum(
+            math.prod(sharding.shard_shape(shapes[parameter].shape))
+            for parameter, sharding in trees.flatten(found).items()
+        )
+        whole = sum(math.prod(leaf.shape) for leaf in shapes.values())
+        assert held < 1.1 * whole / devices + 1e6, "what stays whole is little"
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_latents_are_measured_at_sizes_that_an_autoencoder_is_trained_on(name, tmp_path):
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    index = [{"split": "train", "width": 1920, "height": 1080, "frames": 300}]
+    (window, *_) = windows_of(
+        index, run.stride, area=run.latents.area, max_frames=run.latents.max_frames
+    )
+    shapes = buckets.shapes_of(
+        index, run.buckets, stride=run.vae.compression, grid=run.stride.token
+    )
+    trained = max(shapes, key=lambda shape: shape[0])
+    assert window.frames == trained[0]
+    assert 0.8 < window.height * window.width / math.prod(trained[1:]) < 1.25
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
