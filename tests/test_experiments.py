@@ -12,7 +12,6 @@ from flax import nnx
 
 from vidsim import trees
 from vidsim.data import buckets, packing
-from vidsim.data.windows import windows_of
 from vidsim.export import models
 from vidsim.parallel import mesh
 from vidsim.parallel.sharding import ShardingRules
@@ -103,18 +102,12 @@ def test_an_autoencoder_and_its_judges_divide_over_devices(name, devices, tmp_pa
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_latents_are_measured_at_sizes_that_an_autoencoder_is_trained_on(name, tmp_path):
+def test_latents_are_measured_on_clips_as_large_as_those_of_training(name, tmp_path):
     run = run_of(FOLDER / f"{name}.py", tmp_path)
-    index = [{"split": "train", "width": 1920, "height": 1080, "frames": 300}]
-    (window, *_) = windows_of(
-        index, run.stride, area=run.latents.area, max_frames=run.latents.max_frames
-    )
-    shapes = buckets.shapes_of(
-        index, run.buckets, stride=run.vae.compression, grid=run.stride.token
-    )
-    trained = max(shapes, key=lambda shape: shape[0])
-    assert window.frames == trained[0]
-    assert 0.8 < window.height * window.width / math.prod(trained[1:]) < 1.25
+    assert run.latents.area == run.buckets.areas[0]
+    time, space = run.vae.compression
+    longest = run.buckets.clip_tokens // (run.latents.area // space**2)  # latents
+    assert run.latents.max_frames == 1 + (longest - 1) * time
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -59,7 +59,12 @@ def test_rates_are_told_of_the_frames_that_were_measured(seen):
         for verb in ("encode", "decode")
     }
     assert found["difference"] == found["streamed"] == 0.0
-    assert {frames for _, dtype, frames in seen if dtype == "bfloat16"} <= {9, 21, 3, 6}  # and latents
+    assert {frames for _, dtype, frames in seen if dtype == "bfloat16"} <= {
+        9,
+        21,
+        3,
+        6,
+    }  # and latents
     assert ("Ours", "bfloat16", 61) in _seen_of(vae, seen, size)
 
 
