@@ -38,6 +38,7 @@ def test_each_average_makes_its_own_sample_and_the_first_is_the_default(tiny, vi
     assert "weights='ema/0.3' is none of ema, params, ema/0.1, ema/0.02" in ended.stderr
 
 
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
 def test_the_autoencoder_is_the_one_that_latents_were_made_by(tiny):
     """Whatever weights of the transformer are chosen."""
     run = run_folder.open_folder(tiny.workdir)
