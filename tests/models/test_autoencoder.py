@@ -1,17 +1,14 @@
 """What holds for every video autoencoder: chunks, tiles, padding, causality, bad input."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from vidsim.errors import InputError
-from vidsim.layers import wan
 from vidsim.models import autoencoder, vae, wan_vae
 from vidsim.models.autoencoder import Statistics
 from vidsim.stages import run as run_folder
@@ -172,52 +169,6 @@ def test_uint8_is_pixels_from_minus_one_to_one(case, frames):
     found = autoencoder.encode(*case.parts, video)
     wanted = autoencoder.encode(*case.parts, video / np.float32(127.5) - 1)
     np.testing.assert_allclose(found, wanted, **ORDER_OF_SUMS)
-
-
-def test_rows_split_over_devices_equal_one_device(case):
-    """XLA exchanges the rows at the borders; the result and every gradient are the same."""
-    stride = case.config.compression[1]
-    video = np.random.default_rng(2).uniform(-1, 1, (1, 5, 4 * stride, stride, 3))
-    video = video.astype(np.float32)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("sequence",))
-    rows = NamedSharding(mesh, PartitionSpec(None, None, "sequence"))
-
-    def loss(video):
-        model = nnx.merge(case.graph, case.params)
-        return jnp.sum(jnp.square(model.reconstruct(model.posterior(video)[0]) - video))
-
-    step = jax.jit(jax.value_and_grad(loss))
-    wanted, gradient = step(video)
-    found, split = step(jax.device_put(video, rows))
-    np.testing.assert_allclose(found, wanted, rtol=1e-5)
-    np.testing.assert_allclose(split, gradient, rtol=1e-3, atol=1e-4 * np.abs(gradient).max())
-    encoded = autoencoder.encode(*case.parts, jax.device_put(video, rows))
-    alone = autoencoder.encode(*case.parts, video)
-    np.testing.assert_allclose(encoded, alone, **ORDER_OF_SUMS)
-
-
-@pytest.mark.parametrize("queries", [1, wan.QUERIES])
-def test_rows_that_are_split_meet_only_at_their_borders(case, queries, monkeypatch):
-    """No device ever holds the whole height of what all decode: only rows of neighbours travel.
-
-    Beside them the keys and values of an attention go everywhere, at the sides of latents.
-    """
-    monkeypatch.setattr(wan, "QUERIES", queries)
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("sequence",))
-    split = NamedSharding(mesh, PartitionSpec(None, None, "sequence"))
-    h, w = 8, 3
-    shape = (1, 2, h, w, case.config.latent_channels)
-    z = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
-    decode = autoencoder._decode_chunk
-    with autoencoder._laid_out_as(z):
-        text = decode.lower(*case.parts, z, None).compile().as_text()
-    assert "collective-permute(" in text
-    exchanged = re.findall(r"= \w+\[([\d,]+)\]\S* all-(?:gather|to-all|reduce)\(", text)
-    has_attention = isinstance(case.config, wan_vae.Config)
-    assert len(exchanged) == (2 if has_attention else 0)
-    for sides in exchanged:
-        _, rows, columns, _ = map(int, sides.split(","))
-        assert (rows, columns) == (h, w)
 
 
 @pytest.mark.parametrize(("at", "whole"), [(wan_vae.WAN_2_1, False), (QUICKSTART, True)])
