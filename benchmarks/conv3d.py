@@ -81,7 +81,10 @@ def compare(shapes, platform: str, make, seconds_of) -> tuple[dict, dict[str, fl
     table, logs = {}, {way: [] for way in conv3d.WAYS}
     for shape, channels in shapes:
         seconds = seconds_of({way: make(way) for way in conv3d.WAYS}, shape, channels)
-        picked = seconds[conv3d.fastest(platform, shape[-1])]
+        picked = seconds.get(conv3d.fastest(platform, shape[-1]))
+        if picked is None:  # another that fits is faster by any measure
+            table[f"{shape} to {channels}"] = "the way picked does not fit"
+            return table, {"picked": 0.0}
         table[f"{shape} to {channels}"] = {
             way: round(value / picked, 2) for way, value in seconds.items()
         }

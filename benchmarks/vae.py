@@ -1,12 +1,16 @@
 """Wan's video VAE here against diffusers' with the same weights: speed, memory, equality.
 
 Both have the architecture of Wan 2.1 at full width and the same random weights, are warm (by a clip
-of three latents of the same frame size), and take turns in one process, with the same threads; a
-ratio is of medians, fewer turns for larger clips, and the smallest over the sizes is claimed. Both
-stream: one latent at a time, as diffusers always does. In bfloat16, which nothing is claimed of,
-long clips are cut short. Peak memory is that of a process of its own (libraries, weights, compiling
-and running; reset after loading), largest over the sizes; that of a minute is of a network of a
-third of the width. Clips and latents are random.
+of three latents of the same frame size), and take turns in one process, with the same threads, now
+one first, now the other; a ratio is of medians, fewer turns for larger clips, and the smallest over
+the sizes is claimed. Here it is what `vidsim` runs; at these sizes it streams one latent at a time,
+as diffusers always does. In bfloat16, which nothing is claimed of, long clips are cut short on a
+CPU. Peak memory is that of a process of its own on the CPU (libraries, weights, compiling and
+running; reset after loading), largest over the sizes; that of a minute is of a network of a third
+of the width. Clips and latents are random.
+
+Where there is a GPU, speed is measured there, too, both sides on it, and what is of the CPU in a
+process that sees no GPU; without one the claims of a GPU are null.
 """
 
 import json
@@ -26,7 +30,8 @@ from benchmarks import PROBE, QUICK, claim
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZES = ((17, 128, 128), (17, 256, 256), (61, 240, 416))  # frames, height, width
-TURNS = (3, 2, 1)  # of each side, at each of the sizes
+# Of each side, at each of the sizes: as often first as second, or nearly so.
+TURNS = {"float32": (3, 2, 2), "bfloat16": (2, 2, 2)}
 WARM_FRAMES = 9
 BFLOAT16_FRAMES = 21
 QUICK_SIZES = ((5, 32, 32), (9, 48, 64))
@@ -35,10 +40,12 @@ QUICK_MINUTE, QUICK_SECONDS = (161, 32, 32), (33, 32, 32)
 WIDTH, QUICK_WIDTH = 96, 16
 MINUTE_WIDTH = 32  # a third: sooner done, and what would be kept of a clip weighs more
 VERBS = ("encode", "decode")
+ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # environment of a process
 DTYPES = ("float32", "bfloat16")
 
 LARGEST = flags.DEFINE_integer("sizes", None, "Only the first so many sizes.")
 PARTS = flags.DEFINE_multi_enum("part", None, ["speed", "memory", "minute"], "Only this part.")
+ONLY_CPU = flags.DEFINE_bool("only_cpu", False, "Claim nothing of a GPU.")
 # What a process that measures its own memory is told:
 VERB = flags.DEFINE_enum("verb", "decode", VERBS, "With --probe: what to run.")
 DROP = flags.DEFINE_bool("drop", False, "With --probe=ours --verb=decode: keep no frames.")
@@ -61,22 +68,25 @@ def latents(size: tuple[int, int, int]) -> np.ndarray:
 
 
 class Theirs:
-    """diffusers' model: arrays in and out as here, channels last."""
+    """diffusers' model, on a GPU where jax has one: arrays in and out as here, channels last."""
 
     def __init__(self, folder: str, dtype: str):
+        import jax
         import torch
         from diffusers import AutoencoderKLWan
 
         torch.set_num_threads(threads())
         self.torch, self.dtype = torch, getattr(torch, dtype)
-        self.model = AutoencoderKLWan.from_pretrained(folder, torch_dtype=self.dtype).eval()
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        model = AutoencoderKLWan.from_pretrained(folder, torch_dtype=self.dtype)
+        self.model = model.to(self.device).eval()
 
     def _in(self, array):
         tensor = self.torch.from_numpy(array).permute(0, 4, 1, 2, 3)
-        return tensor.contiguous().to(self.dtype)
+        return tensor.contiguous().to(self.device, self.dtype)
 
     def _out(self, tensor):
-        return tensor.permute(0, 2, 3, 4, 1).float().contiguous().numpy()
+        return tensor.permute(0, 2, 3, 4, 1).float().contiguous().cpu().numpy()
 
     def encode(self, video):
         with self.torch.inference_mode():
@@ -102,17 +112,21 @@ class Ours:
         self.arguments = graphdef, published.load()[0], none
 
     def encode(self, video):
-        chunks = self.autoencoder.encode_stream(*self.arguments, [video])
-        return np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1)
+        return np.asarray(self.autoencoder.encode(*self.arguments, video))
 
     def decode(self, z):
-        chunks = self.autoencoder.decode_stream(*self.arguments, [z])
+        chunks = self.autoencoder.decode_in_chunks(*self.arguments, z)
         return np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1)
 
     def decode_and_drop(self, z) -> None:
         """As a writer of videos would take the frames: nothing is kept."""
-        for frames in self.autoencoder.decode_stream(*self.arguments, [z]):
+        for frames in self.autoencoder.decode_in_chunks(*self.arguments, z):
             np.asarray(frames)
+
+    def streamed(self, verb: str, x):
+        """One latent at a time, whatever the size."""
+        chunks = getattr(self.autoencoder, f"{verb}_stream")(*self.arguments, [x])
+        return np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1)
 
     def whole(self, verb: str, x):
         """Without streaming, as one program."""
@@ -142,33 +156,43 @@ def text(size: tuple[int, int, int]) -> str:
     return "x".join(map(str, size))
 
 
-def speed(folder: str, sizes) -> dict:
-    """Frames/s by dtype, verb, size and side, and the largest differences of float32 results."""
+def turns(sides: dict, count: int) -> list[str]:
+    """Who measures when: each side `count` times, and each first as often as it may be."""
+    return [name for turn in range(count) for name in list(sides)[:: -1 if turn % 2 else 1]]
+
+
+def speed(folder: str, sizes, *, longest: int | None) -> dict:
+    """Frames/s by dtype, verb, size and side, and the largest differences of float32 results.
+
+    Clips in bfloat16 are of `longest` frames at most.
+    """
     found, difference, streamed = {}, 0.0, 0.0
     for dtype in DTYPES:
         sides = {"theirs": Theirs(folder, dtype), "ours": Ours(folder, dtype)}
         for verb in VERBS:
-            for size, turns in zip(sizes, TURNS, strict=False):
+            for whole, count in zip(sizes, TURNS[dtype], strict=False):
                 make = clip if verb == "encode" else latents
-                frames = size[0] if dtype == "float32" else min(size[0], BFLOAT16_FRAMES)
-                x = make((frames, *size[1:]))
+                frames = whole[0] if dtype == "float32" or not longest else min(whole[0], longest)
+                size = (frames, *whole[1:])
+                x = make(size)
                 for side in sides.values():
                     getattr(side, verb)(make((min(frames, WARM_FRAMES), *size[1:])))
                 seconds, results = {name: [] for name in sides}, {}
-                for _ in range(turns):
-                    for name, side in sides.items():
-                        start = time.perf_counter()
-                        results[name] = getattr(side, verb)(x)
-                        seconds[name].append(time.perf_counter() - start)
+                for name in turns(sides, count):
+                    start = time.perf_counter()
+                    results[name] = getattr(sides[name], verb)(x)
+                    seconds[name].append(time.perf_counter() - start)
                 if dtype == "float32":
                     off = np.abs(results["ours"] - results["theirs"]).max()
                     difference = max(difference, float(off))
                     if size == sizes[0]:  # the whole clip at once has memory for the smallest
-                        off = np.abs(results["ours"] - sides["ours"].whole(verb, x)).max()
+                        ours = sides["ours"]
+                        off = np.abs(ours.streamed(verb, x) - ours.whole(verb, x)).max()
                         streamed = max(streamed, float(off))
                 found[dtype, verb, size] = {
-                    name: frames / statistics.median(values) for name, values in seconds.items()
-                }
+                    f"{name}_frames_per_s": frames / statistics.median(values)
+                    for name, values in seconds.items()
+                } | {"turns": count}
                 print(dtype, verb, text(size), seconds, file=sys.stderr, flush=True)
         del sides
     return {"frames_per_s": found, "difference": difference, "streamed": streamed}
@@ -203,6 +227,7 @@ def memory(folder: str, side: str, verb: str, size, *, drop: bool = False) -> fl
             *(f"--size={text(size)}", f"--weights={folder}", f"--drop={drop}"),
         ],
         cwd=ROOT,
+        env=os.environ | ON_CPU,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
@@ -213,27 +238,35 @@ def memory(folder: str, side: str, verb: str, size, *, drop: bool = False) -> fl
     return row["peak"] / 1e9
 
 
-def speed_claims(folder: str, sizes, beside: dict) -> list[dict]:
-    found = speed(folder, sizes)
-    rates, rows = found["frames_per_s"], []
-    for verb in VERBS:
-        table = {
-            f"{dtype} {text(size)}": {
-                f"{side}_frames_per_s": rate for side, rate in rates[dtype, verb, size].items()
-            }
-            for dtype in DTYPES
-            for size in sizes
-        }
-        pairs = [rates["float32", verb, size] for size in sizes]
-        ratio = min(pair["ours"] / pair["theirs"] for pair in pairs)
-        name = f"vae.{verb}_ratio_float32"
-        rows.append(claim(name, ratio, goal=0.8, better="higher", beside=beside | table))
+def ratio_claim(verb: str, what: str, rates: dict, *, goal: float, beside: dict) -> dict:
+    """The smallest ratio of float32 over the sizes; null where nothing was measured."""
+    measured = {key: row for key, row in rates.items() if key[1] == verb}
+    table = {f"{dtype} {text(size)}": row for (dtype, _, size), row in measured.items()}
+    ratios = [
+        row["ours_frames_per_s"] / row["theirs_frames_per_s"]
+        for (dtype, _, _), row in measured.items()
+        if dtype == "float32"
+    ]
+    name, value = f"vae.{verb}_ratio_{what}", min(ratios, default=None)
+    return claim(name, value, goal=goal, better="higher", beside=beside | table)
+
+
+def cpu_claims(folder: str, sizes, beside: dict) -> list[dict]:
+    found = speed(folder, sizes, longest=BFLOAT16_FRAMES)
+    rates = found["frames_per_s"]
+    rows = [ratio_claim(verb, "float32", rates, goal=0.8, beside=beside) for verb in VERBS]
     for name, value, goal in (
         ("vae.stream_max_difference", found["streamed"], 1e-4),
         ("vae.wan_equality_max_difference", found["difference"], 1e-3),
     ):
         rows.append(claim(name, value, goal=goal, better="lower", beside=beside))
     return rows
+
+
+def gpu_claims(folder: str | None, sizes, beside: dict) -> list[dict]:
+    """Speed on the GPU that jax has; without a folder of weights, claims of nothing."""
+    rates = speed(folder, sizes, longest=None)["frames_per_s"] if folder else {}
+    return [ratio_claim(verb, "gpu", rates, goal=1.2, beside=beside) for verb in VERBS]
 
 
 def memory_claim(folder: str, sizes, beside: dict) -> dict:
@@ -264,31 +297,54 @@ def main(*, quick: bool = False, count: int | None = None, parts=None) -> list[d
     sizes = (QUICK_SIZES if quick else SIZES)[:count]
     lengths = (QUICK_SECONDS, QUICK_MINUTE) if quick else (SECONDS, MINUTE)
     width = QUICK_WIDTH if quick else WIDTH
+    backend = jax.default_backend()
     beside = {
         "cpus": threads(),
         "machine": platform.machine(),
-        "backend": jax.default_backend(),
+        "backend": backend,
         "width": width,
         "peer": "diffusers.AutoencoderKLWan",
     }
     rows = []
+    if backend != "cpu":
+        rows += of_the_cpu()
     with tempfile.TemporaryDirectory() as folder:
-        if not parts or "minute" in parts:
+        if backend == "cpu" and (not parts or "minute" in parts):
             narrow = min(width, MINUTE_WIDTH)
             make_weights(folder, narrow)
             rows.append(minute_claim(folder, *lengths, beside | {"width": narrow}))
         make_weights(folder, width)
-        if not parts or "memory" in parts:
+        if backend == "cpu" and (not parts or "memory" in parts):
             rows.append(memory_claim(folder, sizes, beside))
         if not parts or "speed" in parts:
-            rows += speed_claims(folder, sizes, beside)
+            if backend == "cpu":
+                rows += cpu_claims(folder, sizes, beside)
+            if not ONLY_CPU.value:
+                rows += gpu_claims(folder if backend == "gpu" else None, sizes, beside)
     return rows
+
+
+def of_the_cpu() -> list[dict]:
+    """The claims of the CPU, printed by a process that sees no GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.vae", *sys.argv[1:], "--only_cpu"],
+        cwd=ROOT,
+        env=os.environ | ON_CPU,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    print(done.stdout, end="", flush=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def run(_) -> None:
     if PROBE.value:
         probe()
     else:
+        # Both sides are to find memory on a GPU.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         main(quick=QUICK.value, count=LARGEST.value, parts=PARTS.value)
 
 

@@ -22,6 +22,7 @@ and 0.95 and the velocity error, of a frozen ball's, after 240 steps of the tran
     masks 0.25           30.83 dB  0.100 0.292 0.644  1.41   24.36 dB  0.321 0.612 0.702
 
 So local correlation is on; the others need a second pass of the decoder, or cost quality so early.
+`python -m benchmarks.diffusability` makes such a table, without the velocity error.
 
 On your own folder of videos and images instead of the world:
 

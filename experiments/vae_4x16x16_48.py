@@ -28,5 +28,6 @@ def get_config() -> ConfigDict:
         channels=(160, 320, 640, 640),
     )
     config.vae.buckets.update(clip_tokens=21 * 16 * 16, step_pixels=8 * 21 * 4 * 256 * 256)
+    config.latents.max_frames = 81
     config.dit.model.patch = 1
     return config

@@ -89,6 +89,8 @@ def get_config() -> ConfigDict:
             "loop": {"steps": 40_000},
         }
     )
+    # Statistics and validation are of clips of the sizes that are trained on, too.
+    config.latents.update(area=256 * 256, max_frames=49, batch_pixels=2**22, max_shapes=64)
     config.dit.pack.update(lengths=(4096,), rows=8, max_segments=32)
     config.sample.update(sizes=((256, 192), (192, 256), (256, 256)))
     return config

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
         strides=((2, 2), (2, 2), (2, 2)),
     )
     config.vae.buckets.update(clip_tokens=13 * 8 * 8, step_pixels=8 * 13 * 8 * 256 * 256)
+    config.latents.max_frames = 97
     config.dit.model.patch = 1
     config.sample.given_frames = 9
     return config

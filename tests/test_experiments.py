@@ -83,6 +83,33 @@ def test_an_autoencoder_sees_videos_of_every_size_within_the_cost_of_a_step(name
     assert all(buckets.batch_size(shape, run.buckets) for shape in shapes)
 
 
+@pytest.mark.parametrize("name", AUTOENCODERS)
+@pytest.mark.parametrize("devices", [8, 16, 32])
+def test_an_autoencoder_and_its_judges_divide_over_devices(name, devices, tmp_path):
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    axes = dict.fromkeys(mesh.AXES, 1) | {"fsdp": devices}
+    drawn = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    for stage in ("vae", "finish"):
+        make_model = training.vae_task(run, stage).make_model
+        shapes = trees.flatten(state.abstract_params(make_model))
+        found = state.shardings_of_params(make_model, drawn, ShardingRules())
+        held = sum(
+            math.prod(sharding.shard_shape(shapes[parameter].shape))
+            for parameter, sharding in trees.flatten(found).items()
+        )
+        whole = sum(math.prod(leaf.shape) for leaf in shapes.values())
+        assert held < 1.1 * whole / devices + 1e6, "what stays whole is little"
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_latents_are_measured_on_clips_as_large_as_those_of_training(name, tmp_path):
+    run = run_of(FOLDER / f"{name}.py", tmp_path)
+    assert run.latents.area == run.buckets.areas[0]
+    time, space = run.vae.compression
+    longest = run.buckets.clip_tokens // (run.latents.area // space**2)  # latents
+    assert run.latents.max_frames == 1 + (longest - 1) * time
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_is_as_large_as_its_name_says_and_divides_over_its_slice(name, tmp_path):
     millions, devices = TRANSFORMERS[name]

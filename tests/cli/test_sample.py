@@ -2,9 +2,11 @@
 
 import pathlib
 
+import numpy as np
 import pytest
 
-from vidsim import files
+from vidsim import files, trees
+from vidsim.stages import run as run_folder
 
 
 def made(ended) -> bytes:
@@ -34,6 +36,17 @@ def test_each_average_makes_its_own_sample_and_the_first_is_the_default(tiny, vi
     ended = vidsim("sample", *flags, f"--out={tmp_path / 'none'}", "--weights=ema/0.3")
     assert ended.code == 2
     assert "weights='ema/0.3' is none of ema, params, ema/0.1, ema/0.02" in ended.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_the_autoencoder_is_the_one_that_latents_were_made_by(tiny):
+    """Whatever weights of the transformer are chosen."""
+    run = run_folder.open_folder(tiny.workdir)
+    average, last = (run_folder.load_models(run, weights) for weights in ("ema", "params"))
+    one, other = (trees.flatten(models.vae_params) for models in (average, last))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    one, other = (trees.flatten(models.dit_params) for models in (average, last))
+    assert not all(np.array_equal(one[name], other[name]) for name in one)
 
 
 def test_an_export_has_one_kind_of_weights(tiny, vidsim, tmp_path):

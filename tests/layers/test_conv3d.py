@@ -1,3 +1,6 @@
+import types
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +9,8 @@ from flax import nnx
 
 from vidsim.layers.conv3d import WAYS, CausalConv3d, conv3d, fastest
 from vidsim.layers.feature_cache import FeatureCache
+from vidsim.parallel import mesh as meshes
+from vidsim.parallel import sharding
 
 # Sums of up to 3 * 3 * 3 * 5 = 135 products of normal numbers, in another order: a few float32
 # roundings of values around ten.
@@ -44,6 +49,21 @@ def test_the_way_is_picked_by_platform_and_channels():
     text = str(jax.make_jaxpr(conv3d)(normal(0, 1, 3, 4, 4, 32), normal(1, 3, 3, 3, 32, 2)))
     convolutions = 3 if jax.default_backend() == "cpu" else 1
     assert text.count("conv_general_dilated[") == convolutions
+
+
+class Elsewhere:
+    """A mesh of one TPU that is not there."""
+
+    devices = np.array([types.SimpleNamespace(platform="tpu")])
+    shape: typing.ClassVar = dict.fromkeys(meshes.AXES, 1)
+
+
+def test_the_way_is_that_of_the_mesh_in_use():
+    """So what is compiled here for a slice that is not there is what runs on it."""
+    x, kernel = normal(0, 1, 3, 4, 4, 32), normal(1, 3, 3, 3, 32, 2)
+    with sharding.using(Elsewhere(), sharding.ShardingRules()):
+        text = str(jax.make_jaxpr(conv3d)(x, kernel))
+    assert text.count("conv_general_dilated[") == 1 and "optimization_barrier" not in text
 
 
 @pytest.mark.parametrize("repeat", [True, False])

@@ -18,13 +18,14 @@ def test_a_convolution_of_repeated_positions_needs_not_repeat_them():
 
 
 def test_attention_in_blocks_of_queries_equals_all_at_once(monkeypatch):
-    q, k, v = rng.normal(size=(3, 2, 7, 4)).astype(np.float32)
-    logits = np.einsum("nqc,nlc->nql", q, k) / 2
-    weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
-    for queries in (7, 3):
+    q, k, v = rng.normal(size=(3, 2, 3, 4, 4)).astype(np.float32)
+    logits = np.einsum("nqpc,nhwc->nqphw", q, k) / 2
+    weights = np.exp(logits) / np.exp(logits).sum(axis=(3, 4), keepdims=True)
+    wanted = np.einsum("nqphw,nhwc->nqpc", weights, v)
+    for queries in (12, 7, 1):  # columns at a time: 4, 2, 1
         monkeypatch.setattr(wan, "QUERIES", queries)
         found = wan.attend(*map(jnp.asarray, (q, k, v)))
-        np.testing.assert_allclose(found, weights @ v, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_shortcuts_average_and_duplicate_groups():

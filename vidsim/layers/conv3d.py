@@ -16,6 +16,8 @@ On a CPU XLA's 3-D convolution takes 2 to 4 times as long as the one picked, wit
 
 # B batch, T frames, H height, W width, C channels in, D channels out
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -23,6 +25,7 @@ from flax import nnx
 from vidsim.layers.feature_cache import FeatureCache
 from vidsim.layers.linear import matmul
 from vidsim.layers.parameter import parameter
+from vidsim.parallel import sharding
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 FEW_CHANNELS = 16  # up to here one convolution of all taps' channels is the fastest on a CPU
@@ -35,8 +38,33 @@ def conv3d(
 
     T frames under K taps give 1 + (T - K) // time_stride frames.
     """
-    return WAYS[way or fastest(jax.default_backend(), x_BTHWC.shape[-1])](
-        x_BTHWC, kernel_THWCD, time_stride
+    convolve = WAYS[way or fastest(_platform(), x_BTHWC.shape[-1])]
+    return in_place(convolve(in_place(x_BTHWC), kernel_THWCD, time_stride))
+
+
+def _platform() -> str:
+    """Of the mesh in use, which may be of devices that are not there."""
+    placement = sharding.current()
+    return placement.mesh.devices.flat[0].platform if placement else jax.default_backend()
+
+
+def in_place(x_BTHWC: jax.Array) -> jax.Array:
+    """`x`, its clips and rows kept on the devices that the mesh in use splits them over.
+
+    Where a compiler guesses, it may gather the rows for one operation and leave them together. Too
+    few clips or rows to divide are left to it.
+    """
+    clips, rows = _parts("batch"), _parts("height")
+    if clips * rows == 1 or x_BTHWC.shape[0] % clips or x_BTHWC.shape[2] % rows:
+        return x_BTHWC
+    return sharding.constrain(x_BTHWC, ("batch", None, "height", None, None))
+
+
+def _parts(axis: str) -> int:
+    """Into how many the mesh in use splits a logical axis."""
+    placement = sharding.current()
+    return (
+        math.prod(placement.mesh.shape[name] for name in placement.split(axis)) if placement else 1
     )
 
 
@@ -107,7 +135,9 @@ def _under_tap(x_BTHWC: jax.Array, tap: int, taps: int, time_stride: int) -> jax
 
 def _conv2d(x_BTHWC: jax.Array, kernel_HWCD: jax.Array) -> jax.Array:
     if kernel_HWCD.shape[:2] == (1, 1):
-        return matmul(x_BTHWC, kernel_HWCD[0, 0])
+        # As rows of one matrix, rows of frames could not stay on their devices.
+        product = matmul if _parts("height") == 1 else jnp.matmul
+        return product(x_BTHWC, kernel_HWCD[0, 0])
     B, T, H, W, C = x_BTHWC.shape
     frames = x_BTHWC.reshape(B * T, H, W, C)
     result = jax.lax.conv_general_dilated(
@@ -120,7 +150,7 @@ class CausalConv3d(nnx.Module):
     """A causal convolution with bias; `kernel` is (time, height, width).
 
     Before a clip lies its first frame, repeated (`repeat`), so that a still clip stays still, or
-    zeros.
+    zeros. `axis` is the logical axis of what comes out; None where it is too few channels to split.
     """
 
     def __init__(
@@ -132,10 +162,11 @@ class CausalConv3d(nnx.Module):
         rngs: nnx.Rngs,
         scale: float = 1.0,
         repeat: bool = True,
+        axis: str | None = "channels",
     ):
         init = nnx.initializers.variance_scaling(scale, "fan_in", "truncated_normal")
         shape = (*kernel, in_channels, out_channels)
-        axes = (None, None, None, "conv_in", "channels")
+        axes = (None, None, None, "conv_in", axis)
         self.kernel = parameter(init, shape, axes=axes, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
         self.repeat = repeat

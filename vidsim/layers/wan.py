@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from vidsim.layers.conv3d import DIMENSIONS, CausalConv3d
+from vidsim.layers.conv3d import DIMENSIONS, CausalConv3d, in_place
 from vidsim.layers.feature_cache import FeatureCache
 
 QUERIES = 2048  # of the attention inside a frame, at once: bounds the memory of large frames
@@ -34,9 +34,11 @@ class Norm(nnx.Module):
         return (x_f32 * root * (self.scale[...] * x.shape[-1] ** 0.5)).astype(x.dtype)
 
 
-def conv(in_channels: int, channels: int, kernel: tuple[int, int, int], rngs) -> CausalConv3d:
+def conv(
+    in_channels: int, channels: int, kernel: tuple[int, int, int], rngs, axis="channels"
+) -> CausalConv3d:
     """A convolution before whose first frame are zeros."""
-    return CausalConv3d(in_channels, channels, kernel, rngs=rngs, repeat=False)
+    return CausalConv3d(in_channels, channels, kernel, rngs=rngs, repeat=False, axis=axis)
 
 
 class ResidualBlock(nnx.Module):
@@ -67,32 +69,37 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTHWC: jax.Array, cache: FeatureCache) -> jax.Array:
         B, T, H, W, C = x_BTHWC.shape
-        qkv = self.qkv.after(self.norm(x_BTHWC)).reshape(B * T, H * W, 3 * C)
+        qkv = self.qkv.after(self.norm(x_BTHWC)).reshape(B * T, H, W, 3 * C)
         inside = cache.at(H, W)
         if inside is not None:
-            inside = jnp.broadcast_to(inside, (B, T, H, W, 1)).reshape(B * T, H * W)
+            inside = jnp.broadcast_to(inside, (B, T, H, W, 1)).reshape(B * T, H, W)
         attended = attend(*jnp.split(qkv, 3, axis=-1), inside)
         return x_BTHWC + self.project.after(attended.reshape(B, T, H, W, C))
 
 
 def attend(
-    q_NLC: jax.Array, k_NLC: jax.Array, v_NLC: jax.Array, inside_NL: jax.Array | None = None
+    q_NHWC: jax.Array, k_NHWC: jax.Array, v_NHWC: jax.Array, inside_NHW: jax.Array | None = None
 ) -> jax.Array:
     """softmax(q k / sqrt(C)) v over keys that are not padding.
 
-    The softmax is in float32, over at most `QUERIES` queries at a time.
+    The softmax is in float32, over so many columns of queries at a time as have `QUERIES`, or over
+    one. Queries keep their rows: where those are split over devices, each attends for its own.
     """
+    N, H, W, C = q_NHWC.shape
 
-    def of_query(q_NC):
-        logits_NL = jnp.einsum("nc,nlc->nl", q_NC, k_NLC, preferred_element_type=jnp.float32)
-        if inside_NL is not None:
-            logits_NL = jnp.where(inside_NL, logits_NL, -jnp.inf)
-        weights_NL = jax.nn.softmax(logits_NL / q_NC.shape[-1] ** 0.5)
-        return jnp.einsum("nl,nlc->nc", weights_NL.astype(v_NLC.dtype), v_NLC)
+    def of_columns(q_NHWC):
+        logits = jnp.einsum("nqpc,nhwc->nqphw", q_NHWC, k_NHWC, preferred_element_type=jnp.float32)
+        if inside_NHW is not None:
+            logits = jnp.where(inside_NHW[:, None, None], logits, -jnp.inf)
+        weights = jax.nn.softmax(logits / C**0.5, axis=(3, 4)).astype(v_NHWC.dtype)
+        return jnp.einsum("nqphw,nhwc->nqpc", weights, v_NHWC)
 
-    if q_NLC.shape[1] <= QUERIES:
-        return jax.vmap(of_query, in_axes=1, out_axes=1)(q_NLC)
-    return jax.lax.map(of_query, q_NLC.swapaxes(0, 1), batch_size=QUERIES).swapaxes(0, 1)
+    parts = next(n for n in range(1, W + 1) if W % n == 0 and (n * QUERIES >= H * W or n == W))
+    if parts == 1:
+        return of_columns(q_NHWC)
+    columns = q_NHWC.reshape(N, H, parts, W // parts, C)
+    attended = jax.lax.map(of_columns, jnp.moveaxis(columns, 2, 0))
+    return jnp.moveaxis(attended, 0, 2).reshape(N, H, W, C)
 
 
 class Middle(nnx.Module):
@@ -125,7 +132,7 @@ class Downsample(nnx.Module):
             [(0, 1), (0, 1)],
             dimension_numbers=DIMENSIONS,
         )
-        x = x.reshape(B, T, H // 2, W // 2, C) + self.space.bias[...].astype(x.dtype)
+        x = in_place(x.reshape(B, T, H // 2, W // 2, C)) + self.space.bias[...].astype(x.dtype)
         if self.time is None:
             return x
         if not cache.is_start:
@@ -157,7 +164,8 @@ class Upsample(nnx.Module):
             x = jnp.concatenate([x[:, :1], rest], axis=1) if cache.is_start else rest
         B, T, H, W, C = x.shape
         x = doubled_conv(x.reshape(B * T, H, W, C), self.space.kernel[...][0])
-        return x.reshape(B, T, 2 * H, 2 * W, -1) + self.space.bias[...].astype(x.dtype)
+        x = in_place(x.reshape(B, T, 2 * H, 2 * W, -1))
+        return x + self.space.bias[...].astype(x.dtype)
 
 
 def _split_in_time(x_BTHWC: jax.Array) -> jax.Array:
@@ -172,31 +180,27 @@ def doubled_conv(x_NHWC: jax.Array, kernel_HWCD: jax.Array) -> jax.Array:
 
     Of a repeated side, the three taps at an even place fall on x[i - 1], x[i], x[i], and at an odd
     place on x[i], x[i], x[i + 1]: two taps each, after adding those that fall on the same one. So
-    one 2x2 convolution of x with four times the channels gives all places, in 16 products for 36.
+    a 2x2 convolution of x gives a place, in 16 products for 36 of all four; those of a row
+    together. Each has as many rows as x, so rows that are split over devices stay so.
     """
     N, H, W, _ = x_NHWC.shape
     k = kernel_HWCD
-    even, odd = jnp.stack([k[0], k[1] + k[2]]), jnp.stack([k[0] + k[1], k[2]])
-    places = [
-        place
-        for k in (even, odd)
-        for place in (
-            jnp.stack([k[:, 0], k[:, 1] + k[:, 2]], axis=1),
-            jnp.stack([k[:, 0] + k[:, 1], k[:, 2]], axis=1),
+    rows = []
+    for k_2WCD, above in (
+        (jnp.stack([k[0], k[1] + k[2]]), 1),
+        (jnp.stack([k[0] + k[1], k[2]]), 0),
+    ):
+        even = jnp.stack([k_2WCD[:, 0], k_2WCD[:, 1] + k_2WCD[:, 2]], axis=1)
+        odd = jnp.stack([k_2WCD[:, 0] + k_2WCD[:, 1], k_2WCD[:, 2]], axis=1)
+        y = jax.lax.conv_general_dilated(
+            x_NHWC,
+            jnp.concatenate([even, odd], axis=-1).astype(x_NHWC.dtype),
+            (1, 1),
+            [(above, 1 - above), (1, 1)],
+            dimension_numbers=DIMENSIONS,
         )
-    ]
-    y = jax.lax.conv_general_dilated(
-        x_NHWC,
-        jnp.concatenate(places, axis=-1).astype(x_NHWC.dtype),
-        (1, 1),
-        [(1, 1), (1, 1)],
-        dimension_numbers=DIMENSIONS,
-    )
-    y = y.reshape(N, H + 1, W + 1, 4, -1)
-    rows = [
-        jnp.stack([y[:, a : a + H, b : b + W, 2 * a + b] for b in range(2)], axis=3)
-        for a in range(2)
-    ]
+        y = y.reshape(N, H, W + 1, 2, -1)
+        rows.append(jnp.stack([y[:, :, :W, 0], y[:, :, 1:, 1]], axis=3))
     return jnp.stack(rows, axis=2).reshape(N, 2 * H, 2 * W, -1)
 
 

@@ -3,14 +3,17 @@
     latents = (mean - mean_C) / std_C                      per channel, measured after training
 
 A clip goes through in chunks of time with a feature cache, which gives what the whole gives: the
-memory is that of a chunk and nothing new compiles for another length. Frames too large even for
-that go in overlapping tiles. Over several devices, split the rows of the frames (the sharding of
-the input decides): XLA exchanges the rows that convolutions need of a neighbour.
+memory is that of a chunk, and streams compile nothing new for another length. `encode` and `decode`
+take a clip that is no more than a chunk as one, a program for each length. Frames too large even
+for a chunk go in overlapping tiles. Over several devices, split clips or the rows of frames (the
+sharding of the input decides): XLA exchanges the rows that convolutions need of a neighbour.
 """
 
 # B batch, T frames, H height, W width, C channels; t, h, w the same of latents
 
 import collections.abc
+import contextlib
+import dataclasses
 import functools
 import itertools
 from typing import NamedTuple
@@ -19,10 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from vidsim.errors import InputError
+from vidsim.parallel import sharding
+from vidsim.parallel.sharding import ShardingRules
 
-CHUNK_PIXELS = 2**22  # of a batch, that go through `encode` and `decode` at once
+CHUNK_VALUES = 2**22  # of a layer's activations, of what goes through `encode` and `decode` at once
+MIN_TILE = 4  # latents along a side of a tile: a quarter of it overlaps, one at least
 
 
 class Statistics(NamedTuple):
@@ -33,11 +40,18 @@ class Statistics(NamedTuple):
 
 
 class Grid:
-    """Which clips an autoencoder takes; a base of configs, which say `compression`."""
+    """Which clips an autoencoder takes; a base of configs, which say the properties here."""
+
+    latent_channels: int
 
     @property
     def compression(self) -> tuple[int, int]:
         """(frames, pixels along a side) of one latent."""
+        raise NotImplementedError
+
+    @property
+    def pixel_values(self) -> float:
+        """Values of the widest layer's activations for a pixel of a frame: what memory goes by."""
         raise NotImplementedError
 
     def make(self, rngs: nnx.Rngs) -> "Autoencoder":
@@ -126,6 +140,16 @@ def _decode_chunk(graphdef, params, statistics: Statistics, latents_BTHWC, befor
     return jnp.clip(frames, -1.0, 1.0), after
 
 
+def _laid_out_as(x):
+    """A context in which programs are traced for the devices that an array is split over."""
+    placement = getattr(x, "sharding", None)
+    if not isinstance(placement, NamedSharding):
+        return contextlib.nullcontext()
+    batch, _, height = (*placement.spec, None, None, None)[:3]
+    rules = dataclasses.replace(ShardingRules(), batch=batch, height=height)
+    return sharding.using(placement.mesh, rules)
+
+
 def encode(
     graphdef: nnx.GraphDef,
     params,
@@ -143,16 +167,16 @@ def encode(
       tile: see `encode_stream`.
 
     Raises:
-      InputError: the clip is off the grid, a pixel is not a number in [-1, 1].
+      InputError: the clip is off the grid, a pixel is not a number in [-1, 1]; see `encode_stream`.
     """
     config = nnx.merge(graphdef, params).config
+    _check_video(video_BTHWC)
     latents = config.latent_size(*video_BTHWC.shape[1:4])[0]
-    time = config.compression[0]
-    at_once = _at_once(video_BTHWC.shape[0], time, *video_BTHWC.shape[2:4])
+    at_once = _at_once(config, video_BTHWC.shape[0], *video_BTHWC.shape[2:4])
     arguments = graphdef, params, statistics
-    if at_once >= latents and not tile:
-        _check_pixels(video_BTHWC)
-        return _encode_chunk(*arguments, video_BTHWC, None, sizes_B2)[0]
+    if at_once >= latents and tile is None:
+        with _laid_out_as(video_BTHWC):
+            return _encode_chunk(*arguments, video_BTHWC, None, sizes_B2)[0]
     stream = encode_stream(*arguments, [video_BTHWC], sizes_B2, at_once=at_once, tile=tile)
     return jnp.concatenate(list(stream), axis=1)
 
@@ -160,19 +184,38 @@ def encode(
 def decode(
     graphdef: nnx.GraphDef, params, statistics: Statistics, latents_BTHWC, *, tile=None
 ) -> jax.Array:
-    """Videos in [-1, 1], float32 [B, 1 + k * time, H, W, 3], of normalised latents."""
-    time, space = nnx.merge(graphdef, params).config.compression
-    B, latents, h, w, _ = latents_BTHWC.shape
-    at_once = _at_once(B, time, h * space, w * space)
+    """Videos in [-1, 1], float32 [B, 1 + k * time, H, W, 3], of normalised latents.
+
+    Raises:
+      InputError: see `decode_stream`; there are no latents.
+    """
+    chunks = decode_in_chunks(graphdef, params, statistics, latents_BTHWC, tile=tile)
+    return jnp.concatenate(list(chunks), axis=1)
+
+
+def decode_in_chunks(
+    graphdef: nnx.GraphDef, params, statistics: Statistics, latents_BTHWC, *, tile=None
+) -> collections.abc.Iterator[jax.Array]:
+    """Yields what `decode` gives, piece by piece: who takes each away needs no memory for all."""
+    config = nnx.merge(graphdef, params).config
+    _check_latents(latents_BTHWC, config)
+    _, latents, h, w, _ = latents_BTHWC.shape
+    if not latents:
+        raise InputError(f"latents {latents_BTHWC.shape} are of no frame; give one or more")
+    space = config.compression[1]
+    at_once = _at_once(config, latents_BTHWC.shape[0], h * space, w * space)
     arguments = graphdef, params, statistics
-    if at_once >= latents and not tile:
-        return _decode_chunk(*arguments, latents_BTHWC, None)[0]
-    stream = decode_stream(*arguments, [latents_BTHWC], at_once=at_once, tile=tile)
-    return jnp.concatenate(list(stream), axis=1)
+    if at_once >= latents and tile is None:
+        with _laid_out_as(latents_BTHWC):
+            frames, _ = _decode_chunk(*arguments, latents_BTHWC, None)
+        yield frames
+    else:
+        yield from decode_stream(*arguments, [latents_BTHWC], at_once=at_once, tile=tile)
 
 
-def _at_once(batch: int, time: int, height: int, width: int) -> int:
-    return max(1, CHUNK_PIXELS // (batch * time * height * width))
+def _at_once(config: Grid, batch: int, height: int, width: int) -> int:
+    values = batch * config.compression[0] * height * width * config.pixel_values
+    return max(1, int(CHUNK_VALUES // values))
 
 
 def encode_stream(
@@ -195,9 +238,14 @@ def encode_stream(
         of it overlaps and is blended, which is nearly, not exactly, the same.
 
     Raises:
-      InputError: the sum is not 1 + k * time frames, a side is off the grid, a pixel is not a
-        number in [-1, 1].
+      InputError: the sum is not 1 + k * time frames, a side is off the grid, a chunk is no batch of
+        RGB videos, a pixel is not a number in [-1, 1], a tile is too small or beside `sizes_B2`.
     """
+    if tile is not None and sizes_B2 is not None:
+        raise InputError(
+            f"{tile=} beside sizes_B2: padding is kept out of whole frames alone; crop the clips, "
+            "or leave tile out"
+        )
     config = nnx.merge(graphdef, params).config
     time, space = config.compression
     frames, size = 0, (space, space)
@@ -205,16 +253,17 @@ def encode_stream(
     def checked():
         nonlocal frames, size
         for chunk in chunks:
+            _check_video(chunk)
             frames, size = frames + chunk.shape[1], chunk.shape[2:4]
             config.latent_size(1, *size)
-            _check_pixels(chunk)
             yield chunk
 
     def run(part, before):
-        return _encode_chunk(graphdef, params, statistics, part, before, sizes_B2)
+        with _laid_out_as(part):
+            return _encode_chunk(graphdef, params, statistics, part, before, sizes_B2)
 
-    if tile:
-        run = _in_tiles(run, tile * space, tile * space // 4, (1, space))
+    if tile is not None:
+        run = _in_tiles(run, tile, (space, 1))
     yield from _stream(run, checked(), time, at_once)
     config.latent_size(frames, *size)
 
@@ -233,32 +282,51 @@ def decode_stream(
     Args:
       chunks: normalised latents [B, any number, h, w, C].
       at_once, tile: see `encode_stream`.
+
+    Raises:
+      InputError: a chunk is no batch of the latents of this network, a latent is not finite, a tile
+        is too small.
     """
-    space = nnx.merge(graphdef, params).config.compression[1]
+    config = nnx.merge(graphdef, params).config
+
+    def checked():
+        for chunk in chunks:
+            _check_latents(chunk, config)
+            yield chunk
 
     def run(part, before):
-        return _decode_chunk(graphdef, params, statistics, part, before)
+        with _laid_out_as(part):
+            return _decode_chunk(graphdef, params, statistics, part, before)
 
-    if tile:
-        run = _in_tiles(run, tile, tile // 4, (space, 1))
-    yield from _stream(run, chunks, 1, at_once)
+    if tile is not None:
+        run = _in_tiles(run, tile, (1, config.compression[1]))
+    yield from _stream(run, checked(), 1, at_once)
 
 
 def _stream(run, chunks, time: int, at_once: int):
     """`run` over one entry of a clip, then `at_once * time` at a time, at last `time` each."""
-    before, waiting = None, None
+    before, waiting, used = None, None, 0  # of what waits, so many entries went through
     for last, chunk in _with_end(chunks):
         if chunk is not None:
-            waiting = chunk if waiting is None else _joined(waiting, chunk)
-        while waiting is not None and waiting.shape[1]:
+            waiting = chunk if waiting is None else _joined(waiting[:, used:], chunk)
+            used = 0
+        while waiting is not None and used < waiting.shape[1]:
+            left = waiting.shape[1] - used
             count = 1 if before is None else at_once * time
-            if waiting.shape[1] < count:
-                if not last or waiting.shape[1] < time:
+            if left < count:
+                if not last or left < time:
                     break
                 count = time
-            y, before = run(waiting[:, :count], before)
-            waiting = waiting[:, count:]
+            y, before = run(_cut(waiting, used, count), before)
+            used += count
             yield y
+
+
+def _cut(x_BTHWC, start: int, count: int):
+    """Entries from `start` on; of a device's array by one program for all starts."""
+    if isinstance(x_BTHWC, np.ndarray):
+        return x_BTHWC[:, start : start + count]
+    return jax.lax.dynamic_slice_in_dim(x_BTHWC, start, count, axis=1)
 
 
 def _with_end(chunks):
@@ -274,9 +342,18 @@ def _joined(a, b):
     )
 
 
-def _check_pixels(video_BTHWC) -> None:
-    """Raises InputError unless every pixel is a number in [-1, 1]; uint8 always is."""
-    if video_BTHWC.dtype == np.uint8:
+def _check_video(video_BTHWC) -> None:
+    """Raises InputError unless it is a batch of RGB videos whose pixels are numbers in [-1, 1].
+
+    uint8 always is in range; a chunk of no frames has no pixel that could be wrong.
+    """
+    shape = video_BTHWC.shape
+    if len(shape) != 5 or not shape[0] or shape[-1] != 3:
+        raise InputError(
+            f"a video of shape {shape} is not [clips, frames, height, width, 3] of one clip or "
+            "more; give a batch of RGB"
+        )
+    if video_BTHWC.dtype == np.uint8 or not shape[1]:
         return
     low, high = float(video_BTHWC.min()), float(video_BTHWC.max())  # of NaN, NaN
     if not (low >= -1.001 and high <= 1.001):
@@ -286,33 +363,67 @@ def _check_pixels(video_BTHWC) -> None:
         )
 
 
-def _in_tiles(run, tile: int, overlap: int, scale: tuple[int, int]):
-    """`run(x, before) -> (y, after)` in tiles of x; sides of y are `scale[0] / scale[1]` of x's.
+def _check_latents(latents_BTHWC, config: Grid) -> None:
+    """Raises InputError unless it is a batch of finite latents of this autoencoder."""
+    shape, channels = latents_BTHWC.shape, config.latent_channels
+    if len(shape) != 5 or not shape[0] or not shape[2] * shape[3] or shape[-1] != channels:
+        raise InputError(
+            f"latents of shape {shape} are not [clips, frames, height, width, {channels}], which "
+            "this autoencoder decodes; give a batch of its own"
+        )
+    # A sum is finite unless a value is not, and of latents it does not overflow.
+    if not np.isfinite(float(latents_BTHWC.sum(dtype=np.float32))):
+        raise InputError(
+            "latents have values that are no finite numbers; look for where they came from: "
+            "weights or statistics that are not finite give such"
+        )
 
-    Tiles are blended linearly over their overlap.
+
+def _in_tiles(run, tile: int, scale: tuple[int, int]):
+    """`run(x, before) -> (y, after)` in tiles of x, blended linearly over their overlap.
+
+    A latent is `scale[0]` positions of x along a side, `scale[1]` of y.
+
+    Raises:
+      InputError: the tile, in latents, is under `MIN_TILE`.
     """
-    up, down = scale
+    if tile < MIN_TILE:
+        raise InputError(
+            f"{tile=} is under {MIN_TILE} latents, of which a quarter overlaps; use {MIN_TILE} or "
+            "more, or None for whole frames"
+        )
+    overlap, (down, up) = tile // 4, scale
 
     def tiled(x_BTHWC, before):
-        sides = x_BTHWC.shape[2:4]
+        sides = tuple(side // down for side in x_BTHWC.shape[2:4])  # in latents, as all below
         corners = list(itertools.product(*(_starts(side, tile, overlap) for side in sides)))
-        total, weight, after = 0.0, 0.0, []
+        total = weight = None
+        after = []
         for corner, own in zip(corners, before or [None] * len(corners), strict=True):
-            top, left = corner
-            y, state = run(x_BTHWC[:, :, top : top + tile, left : left + tile], own)
+            places = [
+                slice(start, min(start + tile, side))
+                for start, side in zip(corner, sides, strict=True)
+            ]
+            y, state = run(x_BTHWC[:, :, *(_scaled(place, down) for place in places)], own)
             after.append(state)
-            ramps, place = [], []
-            for start, size, side in zip(corner, y.shape[2:4], sides, strict=True):
-                begin, whole = start * up // down, side * up // down
-                ramps.append(_ramp(begin, size, whole, overlap * up // down))
-                place.append((begin, whole - begin - size))
-            share = ramps[0][:, None, None] * ramps[1][:, None]
-            beside = [(0, 0), (0, 0), *place, (0, 0)]
-            total = total + np.pad(np.asarray(y) * share, beside)
-            weight = weight + np.pad(share, beside[2:])
+            if total is None:
+                height, width = (side * up for side in sides)
+                total = np.zeros((*y.shape[:2], height, width, y.shape[-1]), np.float32)
+                weight = np.zeros((height, width, 1), np.float32)
+            rows, columns = (
+                _ramp(place, side, overlap, up) for place, side in zip(places, sides, strict=True)
+            )
+            share = rows[:, None, None] * columns[:, None]
+            there = tuple(_scaled(place, up) for place in places)
+            total[:, :, *there] += np.asarray(y) * share
+            weight[there] += share
         return total / weight, after
 
     return tiled
+
+
+def _scaled(place: slice, by: int) -> slice:
+    return slice(place.start * by, place.stop * by)
 
 
 def _starts(side: int, tile: int, overlap: int) -> list[int]:
@@ -322,9 +433,10 @@ def _starts(side: int, tile: int, overlap: int) -> list[int]:
     return [*range(0, side - tile, tile - overlap), side - tile]
 
 
-def _ramp(start: int, size: int, whole: int, overlap: int) -> np.ndarray:
-    """The weight along a side of a tile: rising over the overlap from edges inside the whole."""
-    rise = np.minimum(1.0, (np.arange(size, dtype=np.float32) + 0.5) / max(overlap, 1))
-    low = rise if start else np.ones_like(rise)
-    high = rise[::-1] if start + size < whole else np.ones_like(rise)
+def _ramp(place: slice, side: int, overlap: int, up: int) -> np.ndarray:
+    """The weight along a side of a tile, `up` a latent; over the overlap it rises."""
+    size = (place.stop - place.start) * up
+    rise = np.minimum(1.0, (np.arange(size, dtype=np.float32) + 0.5) / (overlap * up))
+    low = rise if place.start else np.ones_like(rise)
+    high = rise[::-1] if place.stop < side else np.ones_like(rise)
     return low * high

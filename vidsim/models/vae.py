@@ -66,6 +66,15 @@ class Config(Grid):
         space = self.patch[1] * math.prod(stride[1] for stride in self.strides)
         return time, space
 
+    @property
+    def pixel_values(self) -> float:
+        """Values of the widest layer's activations for a pixel of a frame."""
+        found, pixels = [], self.patch[0] * self.patch[1] ** 2
+        for channels, (time, space) in zip(self.channels, (*self.strides, (1, 1)), strict=True):
+            found.append(channels / pixels)
+            pixels *= time * space**2
+        return max(found)
+
     def make(self, rngs: nnx.Rngs) -> "VAE":
         return VAE(self, rngs)
 
@@ -153,9 +162,8 @@ class VAE(Autoencoder):
                 encoder.append(Downsample(narrow, wide, config.strides[level - 1], rngs=rngs))
             encoder += self._blocks(level, config.encoder_blocks[level], rngs)
         encoder.append(RMSNorm(config.channels[-1]))
-        encoder.append(
-            CausalConv3d(config.channels[-1], 2 * config.latent_channels, (1, 1, 1), rngs=rngs)
-        )
+        moments = 2 * config.latent_channels
+        encoder.append(CausalConv3d(config.channels[-1], moments, (1, 1, 1), rngs=rngs, axis=None))
         self.encoder = nnx.List(encoder)
 
         decoder = [CausalConv3d(config.latent_channels, config.channels[-1], (1, 3, 3), rngs=rngs)]
@@ -165,7 +173,7 @@ class VAE(Autoencoder):
                 narrow, wide = config.channels[level - 1 : level + 1]
                 decoder.append(Upsample(wide, narrow, config.strides[level - 1], rngs=rngs))
         decoder.append(RMSNorm(config.channels[0]))
-        decoder.append(CausalConv3d(config.channels[0], 3 * pixels, edge, rngs=rngs))
+        decoder.append(CausalConv3d(config.channels[0], 3 * pixels, edge, rngs=rngs, axis=None))
         self.decoder = nnx.List(decoder)
 
     def _blocks(self, level: int, count: int, rngs: nnx.Rngs) -> list[ResidualBlock]:

@@ -62,6 +62,11 @@ class Config(Grid):
         """(frames, pixels along a side) of one latent."""
         return 2 ** sum(self.time_strided), self.patch * 2 ** len(self.time_strided)
 
+    @property
+    def pixel_values(self) -> float:
+        """Values of the widest layer's activations for a pixel of a frame."""
+        return max(self.encoder_width, self.decoder_width) * self.multipliers[0] / self.patch**2
+
     def make(self, rngs: nnx.Rngs) -> "VAE":
         return VAE(self, rngs)
 
@@ -110,7 +115,7 @@ class Head(nnx.Module):
 
     def __init__(self, in_channels: int, channels: int, rngs: nnx.Rngs):
         self.norm = Norm(in_channels)
-        self.conv = conv(in_channels, channels, (3, 3, 3), rngs)
+        self.conv = conv(in_channels, channels, (3, 3, 3), rngs, axis=None)
 
     def __call__(self, x: jax.Array, cache: FeatureCache) -> jax.Array:
         return self.conv(jax.nn.silu(self.norm(x)), cache)
@@ -202,9 +207,9 @@ class VAE(Autoencoder):
         self.config = config
         if "encoder" in parts:
             self.encoder = _encoder(config, rngs)
-            self.encoder_head = CausalConv3d(2 * z, 2 * z, (1, 1, 1), rngs=rngs)
+            self.encoder_head = CausalConv3d(2 * z, 2 * z, (1, 1, 1), rngs=rngs, axis=None)
         if "decoder" in parts:
-            self.decoder_head = CausalConv3d(z, z, (1, 1, 1), rngs=rngs)
+            self.decoder_head = CausalConv3d(z, z, (1, 1, 1), rngs=rngs, axis=None)
             self.decoder = _decoder(config, rngs)
 
     def posterior_of_chunk(self, video_BTHWC, before: list | None, sizes_B2=None):

@@ -157,9 +157,9 @@ def encoder_over(models: Models, devices: list[jax.Device]):
 
 
 def decode(models: Models, latents_BTHWC: np.ndarray) -> np.ndarray:
-    """uint8 videos of normalised latents."""
-    video = autoencoder.decode(*models.autoencoder(), latents_BTHWC)
-    return np.asarray(_as_uint8(video))
+    """uint8 videos of normalised latents; what is decoded of them leaves the device at once."""
+    chunks = autoencoder.decode_in_chunks(*models.autoencoder(), latents_BTHWC)
+    return np.concatenate([np.asarray(_as_uint8(chunk)) for chunk in chunks], axis=1)
 
 
 @jax.jit

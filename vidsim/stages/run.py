@@ -45,6 +45,7 @@ class Published(Protocol):
     """An autoencoder that was trained elsewhere; `load` gives its weights when they are needed."""
 
     config: Grid
+    statistics: Statistics
 
     def load(self) -> tuple[Mapping, Statistics]: ...
 
@@ -52,8 +53,8 @@ class Published(Protocol):
 class Run:
     """A work folder and its experiment, each section as the dataclass of its module.
 
-    `feature_network` reads the file of a perceptual loss, `published` the folder of an autoencoder
-    that was trained elsewhere (`vae.weights`); the command line gives both.
+    `feature_network` reads the file of a perceptual loss when it is needed, `published` the folder
+    of an autoencoder that was trained elsewhere (`vae.weights`); the command line gives both.
 
     Raises:
       InputError: a section, a key or a value of the experiment is wrong.
@@ -122,11 +123,7 @@ class Run:
                 0, self.loops["dit"].steps, curriculum.CACHE, self.latents, self.pack, self.mix
             ),
         )
-        self.feature_networks = {}
-        for name in ("vae", "finish"):
-            loss = self.losses.get(name)
-            if feature_network and loss and loss.perceptual_weight:
-                self.feature_networks[name] = feature_network(loss.perceptual_network)
+        self._feature_network = feature_network
         self._check()
 
     def _published(self, section: Mapping, dtype: str, read) -> Published | None:
@@ -257,7 +254,7 @@ class Run:
         return self.workdir.joinpath(*parts)
 
     def check_sources(self) -> None:
-        """Finds what of the input, or of the libraries that prepare it, is wrong or not there."""
+        """Finds what of the files that are read, or of the libraries, is wrong or not there."""
         self.engine.check_installed()
         if self.data.shot_cuts:
             shots.check_installed()
@@ -266,6 +263,26 @@ class Run:
                 tfds_source.check(source.input)
             else:
                 prepare.check_input(self.shards_config(source))
+
+        if not self.published:
+            for stage in self.losses.keys() & {"vae", "finish"}:
+                self.perceptual_network(stage)
+
+    def perceptual_network(self, stage: str) -> vae_losses.FeatureNetwork | None:
+        """What the perceptual loss of a stage looks through, from its file; None if it has none.
+
+        Raises:
+          InputError: the file is not there or holds something else.
+        """
+        loss = self.losses[stage]
+        if not loss.perceptual_weight:
+            return None
+        if self._feature_network is None:
+            raise InputError(
+                f"vae.loss.perceptual_weight={loss.perceptual_weight} needs a feature network; "
+                "give Run what reads its file, as the command line does"
+            )
+        return self._feature_network(loss.perceptual_network)
 
     @functools.cached_property
     def mesh(self):
@@ -336,21 +353,19 @@ def average(run: Run, stage: str, train_state: state.TrainState):
     return next((train_state.ema[n] for n in run.optimizers[stage].ema_names), train_state.params)
 
 
-def load_vae(run: Run, weights: str = "ema") -> generate.Models:
+def load_vae(run: Run) -> generate.Models:
     """The autoencoder with its newest decoder: of the stage that finishes it, once that began.
 
-    Its weights are the last or its first average: any other choice is the transformer's.
+    Its weights are its first average, which statistics and latents were made by: a choice of
+    weights is the transformer's.
     """
     if run.published:
         return vae_only(run, *run.published.load())
     statistics = exported.statistics_from(run.path("vae", "latent_statistics.json"))
     finished = checkpoint.newest(run.path("finish", "checkpoints")) is not None
     stage = "finish" if finished else "vae"
-    emas = run.optimizers[stage].ema_names
-    if weights != "params":
-        weights = "ema"
-    folder = run.path(stage, "checkpoints")
-    return vae_only(run, exported.restore_vae(folder, run.vae, weights, emas), statistics)
+    emas, folder = run.optimizers[stage].ema_names, run.path(stage, "checkpoints")
+    return vae_only(run, exported.restore_vae(folder, run.vae, "ema", emas), statistics)
 
 
 def latent_mark(run: Run, models: generate.Models, config: latents.Config) -> str:
@@ -370,7 +385,7 @@ def load_models(run: Run, weights: str = "ema", step: int | None = None) -> gene
     abstract = exported.abstract_dit(run.dit, run.text, values)
     emas = run.optimizers["dit"].ema_names
     params = exported.restore(run.path("dit", "checkpoints"), abstract, weights, emas, step)
-    return dataclasses.replace(load_vae(run, weights), dit_params=params, tokenizer=run.words())
+    return dataclasses.replace(load_vae(run), dit_params=params, tokenizer=run.words())
 
 
 def sampled_step(run: Run) -> int | None:

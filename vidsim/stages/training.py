@@ -76,12 +76,7 @@ def _trained_vae(run: Run, stage: str) -> Callable:
 
 def vae_task(run: Run, stage: str = "vae") -> Task:
     make_model, loss = _trained_vae(run, stage), run.losses[stage]
-    network = run.feature_networks.get(stage)
-    if loss.perceptual_weight and network is None:
-        raise InputError(
-            f"vae.loss.perceptual_weight={loss.perceptual_weight} needs a feature network; give "
-            "Run what reads its file, as the command line does"
-        )
+    network = run.perceptual_network(stage)
     graphdef = state.graph_of(make_model)
     return Task(
         name=stage,
@@ -392,9 +387,9 @@ def train_vae(run: Run) -> dict:
     Where the experiment names published weights, there is nothing to train.
     """
     if run.published:
-        params, statistics = run.published.load()
+        statistics, abstract = run.published.statistics, exported.abstract_vae(run.vae)
         multihost.run_once(lambda: _write_statistics(run, *statistics), "latent statistics")
-        return {"weights": run.config["vae"]["weights"], "parameters": trees.count(params)}
+        return {"weights": run.config["vae"]["weights"], "parameters": trees.count(abstract)}
     result = train(run, vae_training(run))
     emas = run.optimizers["vae"].ema_names
     params = exported.restore_vae(run.path("vae", "checkpoints"), run.vae, "ema", emas)
@@ -417,6 +412,12 @@ def _measure_statistics(run: Run, models: generate.Models) -> None:
     """Mean and deviation of each channel over training clips, written beside the checkpoints."""
     rows = run.clips.index
     train = [w for w in run.windows() if not w.start and rows[w.record]["split"] == "train"]
+    if not train:
+        raise InputError(
+            f"no training clip of {len(rows)} clips has a token's {run.stride.token} pixels in "
+            "height and width, so there is nothing to measure latents on; add larger clips, lower "
+            "data.validation_share, or raise latents.area"
+        )
     chosen = windows.commonest(train)
     total, square, count = 0.0, 0.0, 0
     for window in chosen[:: max(1, len(chosen) // 64)]:

@@ -1,0 +1,78 @@
+"""The comparison of terms trains what it says; here without training."""
+
+import pathlib
+
+import pytest
+
+from vidsim import files
+from vidsim.stages import walk
+from vidsim.stages.run import Run
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def from_the_checkout(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+
+
+def test_experiments_differ_in_one_term_alone(tmp_path):
+    from benchmarks import diffusability
+
+    runs = {
+        term: Run(diffusability.config_of(term, steps=600, dit_steps=240), tmp_path)
+        for term in diffusability.TERMS
+    }
+    for term, run in runs.items():
+        loss = vars(run.losses["vae"])
+        assert {name: loss[name] for name in diffusability.OFF if loss[name]} == (
+            diffusability.TERMS[term]
+        )
+        assert (run.loops["vae"].steps, run.loops["dit"].steps) == (600, 240)
+        assert run.loops["vae"].evaluate_every == 200
+        assert run.optimizers["vae"].decay_steps == round(1700 / 4)
+        same = {**run.config, "name": "", "vae": {**run.config["vae"], "loss": {}}}
+        other = runs["none"].config
+        assert same == {**other, "name": "", "vae": {**other["vae"], "loss": {}}}
+
+
+def test_the_quickstart_has_one_of_the_terms():
+    from benchmarks import diffusability
+
+    assert diffusability.default_term() == "correlation"
+
+
+def test_terms_are_compared_over_the_same_shards(monkeypatch, tmp_path, capsys):
+    """The claim is how the quickstart's own term does beside the best of the others."""
+    from benchmarks import diffusability
+
+    done = []
+
+    def do(run, name):
+        term = run.config["name"].partition("_")[2]
+        done.append((term, name))
+        if name == "prepare":
+            run.path("shards").mkdir(parents=True)
+        if name == "vae":
+            assert run.path("shards").is_symlink()
+            rows = [
+                {"step": step, "val/psnr_db": 20.0 + step, "val/ssim": 0.5} for step in (1, 2, 3)
+            ]
+            files.write_jsonl(run.path("vae", "metrics.jsonl"), rows)
+        if name == "dit":
+            error = {"none": 0.5, "correlation": 0.4}[term]
+            errors = {f"val/x0_error_t{t:g}": error for t in run.evaluation.times}
+            files.write_jsonl(run.path("dit", "metrics.jsonl"), [{"step": 2, **errors}])
+        return {}
+
+    monkeypatch.setattr(walk, "do", do)
+    out = tmp_path / "picture.svg"
+    row = diffusability.main(steps=3, dit_steps=2, quick=True, out=str(out))
+    assert row["value"] == pytest.approx(0.8) and row["holds"]
+    assert row["beside"]["terms"]["none"]["psnr_db"] == {1: 21.0, 2: 22.0, 3: 23.0}
+    assert done == [
+        *(("none", name) for name in ("worlds", "prepare", "tokenizer")),
+        *((term, name) for term in ("none", "correlation") for name in ("vae", "encode", "dit")),
+    ]
+    assert "<svg" in out.read_text()
+    assert "correlation      23.00 dB  0.500  0.400  " in capsys.readouterr().err
