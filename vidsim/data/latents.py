@@ -78,6 +78,16 @@ class Plan:
     rows: tuple[dict, ...]  # of the index: piece after piece
     too_small: tuple[str, ...]  # ids of the clips that are smaller than a token
 
+    def batch(self, shape: Shape, devices: int) -> int:
+        """How many windows of a shape are encoded at once: one program, whatever the piece.
+
+        Not many more than its largest piece has, however small they are.
+        """
+        most = devices * max(1, self.config.batch_pixels // math.prod(shape) // devices)
+        largest = max(len(piece.windows) for piece in self.pieces if piece.shape == shape)
+        batches = math.ceil(largest / most)
+        return devices * math.ceil(largest / batches / devices)
+
 
 def plan(index: list[dict], config: Config, *, stride: Stride, channels: int, mark: str) -> Plan:
     """Which windows go into which piece.
@@ -153,6 +163,15 @@ def fingerprint(vae, config: Config, stride: Stride, *, fps: float) -> str:
     return f"{digest.hexdigest()[:16]}-{made}"
 
 
+def begin(folder: str | os.PathLike, plan: Plan) -> None:
+    """Removes what another plan left in the folder: latents of another VAE, or of other clips."""
+    folder, wanted = pathlib.Path(folder), {piece.name for piece in plan.pieces}
+    stale = [path for path in folder.glob("latents-*.bf16") if path.name not in wanted]
+    if stale:  # cache.json first: without it there is no cache
+        for path in (folder / "cache.json", folder / "index.jsonl", *stale):
+            path.unlink(missing_ok=True)
+
+
 def encode(
     folder: str | os.PathLike,
     plan: Plan,
@@ -178,8 +197,7 @@ def encode(
             if path.exists():
                 bar.update(len(piece.windows))
                 continue
-            size = plan.config.batch_pixels // math.prod(piece.shape)
-            size = devices * max(1, size // devices)
+            size = plan.batch(piece.shape, devices)
             with files.atomic_path(path) as temporary, temporary.open("wb") as file:
                 for windows, video_BTHWC, sizes_B2 in _batches(pool, clips, piece, size):
                     latents = np.asarray(encode(video_BTHWC, sizes_B2))
