@@ -157,6 +157,6 @@ def test_clips_without_a_token_are_told_before_anything_is_trained(run_of):
 
 def test_the_mix_of_every_phase_is_checked_before_anything_is_trained(run_of):
     run = with_rows(phased(run_of, max_frames=13), (9, 32, 48))
-    with pytest.raises(InputError, match=r"image_share=1.0, but none of 1 samples is a image"):
+    with pytest.raises(InputError, match=r"image_share=1.0, but there are no images among 1"):
         inputs.check_rows(run)
     inputs.check_rows(with_rows(phased(run_of), (9, 32, 48)))

@@ -19,6 +19,7 @@ stored is the posterior's mean, normalised a channel; its variance is not.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -84,9 +85,16 @@ class Plan:
         Not many more than its largest piece has, however small they are.
         """
         most = devices * max(1, self.config.batch_pixels // math.prod(shape) // devices)
-        largest = max(len(piece.windows) for piece in self.pieces if piece.shape == shape)
-        batches = math.ceil(largest / most)
-        return devices * math.ceil(largest / batches / devices)
+        batches = math.ceil(self._largest[shape] / most)
+        return devices * math.ceil(self._largest[shape] / batches / devices)
+
+    @functools.cached_property
+    def _largest(self) -> dict[Shape, int]:
+        """The windows of the largest piece of each shape."""
+        found: dict[Shape, int] = {}
+        for piece in self.pieces:
+            found[piece.shape] = max(found.get(piece.shape, 0), len(piece.windows))
+        return found
 
 
 def plan(index: list[dict], config: Config, *, stride: Stride, channels: int, mark: str) -> Plan:

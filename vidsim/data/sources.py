@@ -189,8 +189,8 @@ def groups(index: Sequence[dict], samples: Iterable[int], mix: Mix) -> tuple[Gro
     for kind in ("image", "video") if mix.image_share else ():
         if shares[kind] and all(found != kind for _, found in members):
             raise InputError(
-                f"image_share={mix.image_share}, but none of {len(samples)} samples is a "
-                f"{kind}; give image_share=0, or a source with some"
+                f"image_share={mix.image_share}, but there are no {kind}s among {len(samples)} "
+                "samples; give image_share=0, or a source with some"
             )
     found = []
     for (source, kind), numbers in sorted(members.items()):
