@@ -308,6 +308,7 @@ def test_packs_are_the_same_with_worker_processes_and_without(
     tokenizer.save(words, tmp_path / "tokenizer.model")
     code = f"""
 import dataclasses, itertools, pickle, runpy
+import numpy as np
 from absl import flags
 from vidsim.data import latents, pipeline
 from vidsim.text import tokenizer
@@ -319,7 +320,7 @@ plan = test["plan_of"](cache, words, {train!r})
 settings = dataclasses.replace(test["PIPELINE"], workers=2)
 data = pipeline.packs(test["load_of"](cache, words), plan, settings, start=2)
 with open({str(tmp_path / "packs")!r}, "wb") as file:
-    packs = [{{name: array.copy() for name, array in pack.items()}} for pack in
+    packs = [{{name: np.array(array) for name, array in pack.items()}} for pack in
              itertools.islice(data, 6)]  # out of the memory that is shared with workers
     pickle.dump(packs, file)
 data.close()

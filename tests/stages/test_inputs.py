@@ -10,7 +10,7 @@ import pytest
 from vidsim import files
 from vidsim.data import engine, filters, pipeline, prepare, video
 from vidsim.errors import InputError
-from vidsim.stages import claims, inputs, planning, training
+from vidsim.stages import claims, inputs, training
 from vidsim.stages.run import Run
 from vidsim.text import tokenizer
 
@@ -129,8 +129,6 @@ def test_a_phase_of_images_alone_takes_pictures_and_one_frame_of_every_video(run
     assert {piece.sample for piece in drawn} == {0, 1, 2}
     assert {piece.latents for piece in drawn} == {1}
     assert len(inputs.latent_plan(run, last.latents).rows) > 3
-    _, (phase, _) = planning.latent_packs(run)
-    assert phase["latents"] == 3 and phase["packs"][0]["images"] == 1.0
 
 
 def test_rows_are_checked_with_the_captions_of_the_clips(run_of):
