@@ -23,7 +23,17 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import claim
-from vidsim.data import buckets, fitting, latents, pipeline, records, sources, video
+from vidsim.data import (
+    buckets,
+    filters,
+    fitting,
+    latents,
+    pipeline,
+    prepare,
+    records,
+    sources,
+    video,
+)
 
 THREADS = 2
 ROUNDS = 15
@@ -48,29 +58,11 @@ def scene(seed: int, frames: int, height: int, width: int) -> np.ndarray:
 
 
 def write_shards(folder: pathlib.Path, count: int, frames: int, height: int, width: int):
-    def clip(number: int) -> records.Clip:
-        return records.Clip(
-            id=f"clip {number}",
-            source=f"{number}.mp4",
-            data=video.encode_video(scene(number, frames, height, width), FPS),
-            first_frame=0,
-            width=width,
-            height=height,
-            frames=frames,
-            fps=float(FPS),
-            rotation=0,
-            captions=(),
-            split="train",
-        )
-
-    folder.mkdir(parents=True)
-    clips = list(map(clip, range(count)))
-    shards = records.plan_shards(["train"] * count, 256)
-    for shard in shards:
-        records.write_shard(folder / shard.name, (clips[i] for i in shard.records))
-    records.write_index(folder, shards, list(map(records.index_row, clips)))
-    (folder / "manifest.json").write_text("{}")
-    return sources.Joined({"": records.Shards(folder)})
+    files, out = folder / "files", folder / "shards"
+    for number in range(count):
+        video.write_video(files / f"{number}.mp4", scene(number, frames, height, width), FPS)
+    prepare.prepare(prepare.Config(str(files), str(out), validation_share=0.0, filters=filters.OFF))
+    return sources.Joined({"": records.Shards(out)})
 
 
 def pixel_plan(clips: sources.Clips, size, frames, *, batch: int) -> buckets.Plan:

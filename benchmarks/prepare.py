@@ -108,10 +108,11 @@ def hashes(folder: pathlib.Path) -> dict[str, str]:
     }
 
 
-def prepare_with_a_killed_raylet(config: prepare.Config) -> dict:
-    """Prepares on a cluster of two raylets, of which one is killed while both work.
+def prepare_with_killed_raylets(config: prepare.Config) -> dict:
+    """Prepares on a cluster of three raylets, of which two are killed while they work.
 
-    Returns how many units were done when it was killed, and how many there are.
+    One dies when the first unit is examined, one when the first shard is written. Returns how many
+    units and how many shards were there then, and how many there are.
     """
     engine.set_up_environment()
     import ray
@@ -130,20 +131,32 @@ def prepare_with_a_killed_raylet(config: prepare.Config) -> dict:
         cluster = Cluster(initialize_head=True, head_node_args=raylet)
         stack.callback(cluster.shutdown)
         stack.callback(ray.shutdown)
-        second = cluster.add_node(**{k: v for k, v in raylet.items() if k != "include_dashboard"})
+        del raylet["include_dashboard"]
+        others = [cluster.add_node(**raylet) for _ in range(2)]
 
         def kill() -> None:
-            while not (done := len(list(work.glob("findings-*.jsonl")))):
-                time.sleep(0.01)
-            found["done"] = done
-            os.kill(second.all_processes["raylet"][0].process.pid, 9)
+            names = ("findings-*.jsonl", "examined"), ("out/[!.]*.array_record*", "written")
+            for other, (pattern, name) in zip(others, names, strict=True):
+                while not (done := len(list(work.glob(pattern)))):
+                    time.sleep(0.005)
+                found[name] = done
+                os.kill(other.all_processes["raylet"][0].process.pid, 9)
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
-        on = engine.Engine(workers=2, ray_address=cluster.address)
+        on = engine.Engine(workers=3, ray_address=cluster.address)
         prepare.prepare(config, on=on)
         killer.join(timeout=10)
+    found["shards"] = len(list(pathlib.Path(config.out).glob("*.array_record*")))
     return found
+
+
+def amid(killed: dict) -> bool:
+    """Whether raylets died in the midst of examining, and in the midst of writing."""
+    return (
+        0 < killed.get("examined", 0) < killed["units"]
+        and 0 < killed.get("written", 0) < killed["shards"]
+    )
 
 
 def damaged(data: bytes, seed: int) -> bytes:
@@ -185,27 +198,40 @@ def fuzz(scratch: pathlib.Path, count: int) -> dict:
     # Copies of one clip would be near-duplicates: here all that decodes is to come out.
     config = prepare.Config(str(folder), str(out), filters=filters.OFF)
     seconds = _seconds(lambda: prepare.prepare(config))
-    manifest = json.loads((out / "manifest.json").read_text())
-    fates = collections.Counter(row["fate"] for row in manifest["files"].values())
-    known = ("kept", "split", "filtered", "quarantined")
-    told = [
-        file.name
-        for file in folder.iterdir()
-        if (row := manifest["files"].get(file.name))
-        and row["fate"] in known
-        and (row.get("clips") or row.get("filtered") or row.get("reason"))
-    ]
-    shards = records.Shards(out)
-    whole = sum(
-        len(records.read_clip(shards[i])) == row["frames"] for i, row in enumerate(shards.index)
-    )
+    return accounted(folder, out) | {"seconds": round(seconds, 1)}
+
+
+def accounted(folder: pathlib.Path, out: pathlib.Path) -> dict:
+    """The share of the files in `folder` whose fate in the manifest is what the shards hold.
+
+    What is kept must be there in records that decode to all of their frames, no more and no less;
+    what is in quarantine must be in the list of it with a reason, and in no record.
+    """
+    told = json.loads((out / "manifest.json").read_text())["files"]
+    reasons = {
+        row["file"]: row["reason"]
+        for row in map(json.loads, (out / "quarantine.jsonl").read_text().splitlines())
+    }
+    shards, held = records.Shards(out), collections.defaultdict(list)
+    whole = 0
+    for number, row in enumerate(shards.index):
+        decodes = len(records.read_clip(shards[number])) == row["frames"]
+        held[row["source"]].append(row["id"] if decodes else None)
+        whole += decodes
+    names = [path.name for path in folder.iterdir()]
+    good = 0
+    for name in names:
+        row = told.get(name, {})
+        if row.get("fate") in ("kept", "split"):
+            good += bool(held[name]) and held[name] == row["clips"]
+        elif row.get("fate") == "quarantined":
+            good += bool(reasons.get(name)) and not held[name]
     return {
-        "share": len(told) / count,
-        "files": count,
-        **dict(fates),
+        "share": good / len(names),
+        "files": len(names),
+        **collections.Counter(row["fate"] for row in told.values()),
         "records": len(shards),
         "records_that_decode": whole,
-        "seconds": round(seconds, 1),
     }
 
 
@@ -306,20 +332,18 @@ def main(rounds: int = 3, damaged_files: int = 500) -> list[dict]:
             )
         ]
         config = prepare.Config(str(folder), str(scratch / "killed"), records_per_shard=8)
-        killed = prepare_with_a_killed_raylet(config)
+        killed = prepare_with_killed_raylets(config)
         expected, got = hashes(scratch / "one_0"), hashes(scratch / "killed")
-        amid = killed.get("done", 0) and killed["done"] < killed["units"]
         rows.append(
             claim(
                 "prepare.killed_worker_same_output",
-                float(got == expected) if amid else None,
+                float(got == expected) if amid(killed) else None,
                 goal=1,
                 better="higher",
                 beside={
                     "manifest_sha256": got.get("manifest.json"),
                     "files": len(got),
-                    "units_done_when_killed": killed.get("done"),
-                    "units": killed["units"],
+                    "when_killed": killed,
                     "undisturbed_manifest_sha256": expected["manifest.json"],
                 },
             )

@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
                 "input": "",  # a folder of videos and images, or tfds:NAME; empty: the world
                 # Or several: {"name": "films", "input": DIR, "weight": 1.0}, ...
                 "sources": (),
-                "image_share": 0.0,  # of the draws, that are images; 0: as many as there are
+                "image_share": 0.0,  # of the draws, that are images; 0: as they come, 1: all
                 "fps": 0.0,  # that faster videos are resampled to; 0: none are
                 "caption_weights": {},  # by origin, such as {"descriptive": 0.95, "given": 0.05}
                 "validation_share": 0.1,

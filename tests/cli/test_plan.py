@@ -98,6 +98,7 @@ def test_packs_are_planned_before_anything_is_trained_or_encoded(vidsim, prepare
     assert sum(row["steps"] for row in found["packs"]) == pytest.approx(1, abs=1e-3)
     for row in found["packs"]:
         assert 0.3 < row["valid"] <= 1 <= row["cost_spread"] <= row["largest_cost_spread"]
+        assert 0 <= row["least_images"] <= row["images"] <= row["most_images"] <= 1
         assert row["images"] > 0
 
 
@@ -161,7 +162,7 @@ def test_clips_shorter_than_every_bucket_are_told(vidsim, prepared, media, confi
     frames = "--config.vae.buckets.frames=(9,)"
     ended = vidsim("plan", f"--config={path}", f"--workdir={workdir}", frames)
     # A source of which nothing is left has no samples for its weight.
-    assert ended.code == 2 and "source 'photos' has a weight but no samples" in ended.stderr
+    assert ended.code == 2 and "its 3 clips are shorter than every bucket" in ended.stderr
     single = experiment(config, tmp_path, f"config.data.input = {str(media / 'films')!r}")
     run = opened(single, tmp_path / "run")
     assert walk.do(run, "prepare")["clips"] == 6

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vidsim.data import clips, filters, prepare, records, video
-from vidsim.files import read_json, read_jsonl, write_jsonl
+from vidsim.files import read_json, read_jsonl, write_json, write_jsonl
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -139,6 +139,29 @@ def test_damaged_copies_are_all_accounted_for_and_what_is_kept_decodes(tmp_path)
     assert found["share"] == 1
     assert found["records"] == found["records_that_decode"] > 0
     assert found["quarantined"] > 0
+
+
+def test_files_are_counted_by_what_the_shards_hold_and_not_by_what_the_manifest_says(tmp_path):
+    from benchmarks.prepare import accounted
+
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a.mp4", "b.mp4"):
+        video.write_video(folder / name, frames(16), 8)
+    (folder / "c.mp4").write_bytes(b"no video")
+    prepare.prepare(prepare.Config(str(folder), str(out), filters=filters.OFF))
+    assert accounted(folder, out)["share"] == 1
+    manifest = read_json(out / "manifest.json")
+    told = manifest["files"]
+
+    def share(**changes) -> float:
+        write_json(out / "manifest.json", manifest | {"files": told | changes})
+        return accounted(folder, out)["share"]
+
+    kept = {"fate": "kept", "clips": ["c.mp4#0000"]}
+    assert share(**{"c.mp4": kept}) == share(**{"a.mp4": told["c.mp4"]}) == 2 / 3
+    assert share(**{"b.mp4": told["a.mp4"]}) == 2 / 3, "clips of another"
+    write_json(out / "manifest.json", {"files": {"a.mp4": told["a.mp4"]}})
+    assert accounted(folder, out)["share"] == 1 / 3
 
 
 def test_a_clip_in_8k_passes_and_is_never_held_as_a_video(tmp_path):

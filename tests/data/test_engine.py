@@ -1,6 +1,7 @@
 """Real Ray on this machine: the output is that of one process, whoever did the work."""
 
 import functools
+import os
 import pathlib
 import socket
 
@@ -59,14 +60,32 @@ def test_two_workers_on_ray_write_the_bytes_of_one_process(folder, alone, tmp_pa
     assert not ray.is_initialized()
 
 
-def test_a_raylet_killed_at_work_changes_nothing(folder, alone, tmp_path, monkeypatch):
+def test_raylets_killed_at_work_change_nothing(folder, alone, tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    from benchmarks.prepare import prepare_with_a_killed_raylet
+    from benchmarks.prepare import amid, prepare_with_killed_raylets
 
     monkeypatch.setattr(units, "_UNIT_FILES", 1)
-    killed = prepare_with_a_killed_raylet(settings(folder, tmp_path / "out"))
-    assert 0 < killed["done"] < killed["units"] == 26
+    killed = prepare_with_killed_raylets(settings(folder, tmp_path / "out"))
+    assert killed["units"] == 26 and killed["shards"] == 11
+    assert amid(killed), killed
     assert contents(tmp_path / "out") == alone
+
+
+def test_a_unit_that_kills_every_worker_ends_the_run_by_its_name(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(engine, "_RETRIES", 1)
+    with (
+        engine.started(engine.Engine(workers=2)) as run,
+        pytest.raises(InputError, match=r'each of 2 workers died at \{"files": \["a.mp4"\]\}'),
+    ):
+        run(dies, [{"files": []}, {"files": ["a.mp4"]}], desc="", unit="")
+
+
+def dies(unit: dict) -> int:
+    """Ends its process, without a word, at a unit of any file."""
+    if unit["files"]:
+        os._exit(9)
+    return 0
 
 
 def test_what_a_user_got_wrong_comes_back_from_ray_as_that():

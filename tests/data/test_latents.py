@@ -48,9 +48,9 @@ class Clips:
         return video_THWC
 
 
-# 5 frames; an image off the grid; large; 12 frames; 5 frames; smaller than a token.
+# 5 frames; an image off the grid; large; 14 frames; 5 frames; smaller than a token.
 INDEX = [
-    *(row(0, 5), row(1, 1, 50, 57), row(2, 5, 200, 120), row(3, 12), row(4, 5)),
+    *(row(0, 5), row(1, 1, 50, 57), row(2, 5, 200, 120), row(3, 14), row(4, 5)),
     row(5, 5, 200, 15),
 ]
 
@@ -108,12 +108,12 @@ def test_latents_come_back_to_bfloat16_at_the_size_of_each_clip(folder):
 def test_the_index_carries_what_training_needs(folder):
     cache = latents.Latents(folder)
     facts = {r["id"]: r for r in cache.index}
-    assert set(facts) == {f"clip {n}@0" for n in range(5)} | {"clip 3@3"}
+    assert set(facts) == {f"clip {n}@0" for n in range(5)} | {"clip 3@5"}
     image = facts["clip 1@0"]
     assert image["split"] == "validation" and image["grid"] == [1, 6, 6]
     assert (image["fps"], image["channels"]) == (8.0, 3)
     assert facts["clip 2@0"]["captions"] == [["caption 2", "given"]]
-    assert facts["clip 3@3"]["grid"] == [3, 6, 8] and facts["clip 3@3"]["frames"] == 9
+    assert facts["clip 3@5"]["grid"] == [3, 6, 8] and facts["clip 3@5"]["frames"] == 9
     # They would tell a reader to decode other frames than these.
     assert not {"first_frame", "rotation"} & set(image)
 
@@ -160,8 +160,8 @@ def test_the_encoder_sees_one_static_shape_that_divides_over_the_devices(tmp_pat
         plan_of(whole),
         devices=2,
     )
-    # 60,000 pixels of 1 x 48 x 48, 5 x 48 x 64, 5 x 112 x 192, 9 x 48 x 64, rounded down to even.
-    expected = [(26, 1, 48, 48), (2, 5, 48, 64), (2, 5, 112, 192), (2, 9, 48, 64)]
+    # Of 60,000 pixels there are more, but no piece has more than two clips.
+    expected = [(2, 1, 48, 48), (2, 5, 48, 64), (2, 5, 112, 192), (2, 9, 48, 64)]
     assert [shape[:4] for shape in shapes] == expected
 
 
@@ -187,7 +187,7 @@ def test_a_piece_that_was_cut_off_is_named(tmp_path):
     cache = latents.Latents(tmp_path)
     path = tmp_path / cache.index[-1]["file"]
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(InputError, match=rf"{path.name} ends within latents clip 3@3; delete"):
+    with pytest.raises(InputError, match=rf"{path.name} ends within latents clip 3@5; delete"):
         cache[len(cache) - 1]
 
 
@@ -246,3 +246,36 @@ def test_pickling_carries_the_folder_not_the_latents(folder):
     for one, other in zip(cache, again, strict=True):
         np.testing.assert_array_equal(one, other)
     assert len(pickle.dumps(cache)) < 500
+
+
+def test_no_more_is_encoded_at_once_than_the_largest_piece_of_a_shape_has():
+    """Of an image that is alone in its shape, there is room for 40 in a batch."""
+    batches = []
+
+    def remember(video_BTHWC, sizes_B2):
+        batches.append(video_BTHWC.shape)
+        return encode(video_BTHWC, sizes_B2)
+
+    index = [row(0, 1), *(row(n, 5) for n in range(1, 6)), row(6, 1, 32, 32)]
+    config = latents.Config(0, 9, 100_000, max_shapes=8, piece_megabytes=1.0)
+    plan = plan_of(config, index)
+    assert plan.batch((1, 48, 64), 1) == plan.batch((1, 32, 32), 1) == 1
+    assert plan.batch((1, 48, 64), 4) == 4, "batches divide over devices"
+    # Six fit, and of five there is one batch; a step of four would leave one for the second.
+    assert plan.batch((5, 48, 64), 1) == 5 and plan.batch((5, 48, 64), 2) == 6
+    small = latents.Config(0, 9, 4 * 5 * 48 * 64, max_shapes=8, piece_megabytes=1.0)
+    assert plan_of(small, index).batch((5, 48, 64), 1) == 3, "two batches alike"
+
+
+def test_latents_of_another_vae_are_removed_when_new_ones_begin(tmp_path):
+    write(tmp_path)
+    before = contents(tmp_path)
+    latents.begin(tmp_path, plan_of())
+    assert contents(tmp_path) == before, "the same are kept"
+    (tmp_path / "other.txt").write_text("not of the cache")
+    other = plan_of(mark="another")
+    latents.begin(tmp_path, other)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.txt"]
+    write(tmp_path, plan=other)
+    names = {piece.name for piece in other.pieces}
+    assert set(contents(tmp_path)) == names | {"other.txt", "index.jsonl", "cache.json"}

@@ -191,17 +191,21 @@ def test_threads_read_the_plan_that_one_reads():
     assert found == [alone[step] for step in range(100)]
 
 
+def lognormal_plan(lengths, rows: int, *, images: float, seed: int) -> tuple[list, packing.Plan]:
+    """Images, and videos of 2 to 40 latents of 4 to 200 tokens, for rows of 1024."""
+    rng = np.random.default_rng(seed)
+    latents = np.clip(np.exp(rng.normal(np.log(8), 0.9, 6000)), 2, 40).astype(int)
+    latents[rng.random(6000) < images] = 1
+    each = np.clip(np.exp(rng.normal(np.log(28), 0.6, 6000)), 4, 200).astype(int)
+    samples = np.stack([latents, each, rng.integers(1, 5, 6000)], axis=1).tolist()
+    mixture = Mixture([Group("all", tuple(range(6000)), 1.0)], seed=seed)
+    config = packing.Config(lengths, rows, 128)
+    return samples, packing.Plan(samples_of(samples), mixture, config, width=64)
+
+
 @pytest.fixture(scope="module")
 def lognormal() -> tuple[list, packing.Plan, list[packing.Step]]:
-    """Half images; videos of 2 to 40 latents of 4 to 60 tokens; in rows of 1024 tokens."""
-    rng = np.random.default_rng(0)
-    latents = np.clip(np.exp(rng.normal(np.log(8), 0.9, 6000)), 2, 40).astype(int)
-    latents[rng.random(6000) < 0.5] = 1
-    each = np.clip(np.exp(rng.normal(np.log(28), 0.6, 6000)), 4, 200).astype(int)
-    rows = np.stack([latents, each, rng.integers(1, 5, 6000)], axis=1).tolist()
-    config = packing.Config((1024,), 32, 128)
-    mixture = Mixture([Group("all", tuple(range(6000)), 1.0)], seed=0)
-    plan = packing.Plan(samples_of(rows), mixture, config, width=64)
+    rows, plan = lognormal_plan((1024,), 32, images=0.5, seed=0)
     return rows, plan, walk(plan, 2)
 
 
@@ -214,6 +218,24 @@ def test_rows_are_full_cost_alike_and_every_step_has_its_share_of_images(lognorm
     assert np.mean([facts.cost_spread for facts in measured]) <= 1.05
     found = images / valid / (images.sum() / valid.sum())
     assert found.min() >= 0.5 and found.max() <= 2.0
+
+
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([(1024,), (256, 1024)]),
+    st.sampled_from([4, 8, 16]),
+    st.floats(0.3, 0.8),
+    st.integers(0, 9),
+)
+def test_steps_of_few_rows_have_their_share_of_images_too(lengths, rows, images, seed):
+    """Images are a third of the samples or more: of the tokens, 5 to 30 %."""
+    samples, plan = lognormal_plan(lengths, rows, images=images, seed=seed)
+    counts = samples_of(samples)
+    tokens = counts.tokens(1024)
+    share = tokens[counts.latents == 1].sum() / tokens.sum()
+    for step in walk(plan, 1):
+        found = packing.facts(step, counts, 64)
+        assert 0.5 * share <= found.image_tokens / found.tokens <= 2 * share
 
 
 def test_facts_of_a_step_are_counted_by_hand():
@@ -244,8 +266,9 @@ def test_samples_that_do_not_fit_are_arranged_again_with_fewer_short_rows(
     tried = []
     arrange = packing.Plan._arrange
 
-    def remember(plan, members, part, rng):
-        found = arrange(plan, members, part, rng)
+    def remember(plan, members, part, cut, rng):
+        found = arrange(plan, members, part, cut, rng)
+        assert cut == 1
         tried.append((part, found is not None))
         return found
 
@@ -274,6 +297,27 @@ def test_a_block_that_cannot_be_filled_is_named(lengths):
     nearly_nothing = plan_with(1)
     with pytest.raises(InputError, match=r"the 0 samples of block 1 of packs"):
         nearly_nothing[nearly_nothing.block_steps]
+
+
+def test_a_block_whose_videos_do_not_fit_has_them_cut_more_finely():
+    """300 videos of over half a row for 256 rows: whole, each would need a row of its own."""
+    plan = plan_of([(4, 10, 2)] * 7, packing.Config((64,), 2, 8))
+    quota = 300 * int(plan._weights[0])
+    full, again = (
+        packing.Plan(plan.samples, plan.mixture, plan.config, width=WIDTH, quota=quota)
+        for _ in range(2)
+    )
+    steps = [full[step] for step in range(full.block_steps, 2 * full.block_steps)]
+    latents = collections.Counter(
+        (piece.sample, piece.epoch, latent)
+        for piece in pieces_of(steps)
+        for latent in range(piece.first, piece.first + piece.latents)
+    )
+    draws = [plan.mixture[place] for place in range(300, 600)]
+    assert latents == dict.fromkeys(((*draw, t) for draw in draws for t in range(4)), 1)
+    assert all(sum(12 for _ in row) <= 64 for step in steps for row in step.rows)
+    # A function of the block alone: the one before it was never planned.
+    assert again[full.block_steps + 5] == steps[5]
 
 
 def test_rows_at_random_would_not_cost_alike(lognormal):
@@ -308,8 +352,10 @@ def test_a_handful_of_samples_fills_every_step(count):
 
 
 def test_a_latent_longer_than_a_row_is_named():
-    with pytest.raises(InputError, match="sample 1 and its caption have 66 tokens, rows have 64"):
-        plan_of([(5, 3, 1), (2, 65, 1)], packing.Config((64,), 4, 8))
+    samples, config = samples_of([(5, 3, 1), (2, 65, 1)]), packing.Config((32, 64), 4, 8)
+    with pytest.raises(InputError, match="of b has 65 tokens and its caption 1, but rows have 64"):
+        packing.check_fits(samples, ["a", "b"], config)
+    packing.check_fits(samples.take([0]), ["a"], config)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
+import dataclasses
+import functools
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -90,22 +93,23 @@ def words() -> tokenizer.Tokenizer:
     return tokenizer.train(texts, vocabulary=60, max_tokens=8)
 
 
+def load_of(cache, words, rows=(slice(0, 1), 1), patch=1, text_dropout=0.3) -> pipeline.LoadPack:
+    return pipeline.LoadPack(
+        latents=cache,
+        tokenizer=words,
+        pack=PACK,
+        conditions=CONDITIONS,
+        text_dropout=text_dropout,
+        patch=patch,
+        compression=(4, 8),
+        rows=rows,
+        seed=5,
+    )
+
+
 @pytest.fixture(scope="module")
 def loader(cache, words):
-    def loader(rows=(slice(0, 1), 1), patch=1, text_dropout=0.3) -> pipeline.LoadPack:
-        return pipeline.LoadPack(
-            latents=cache,
-            tokenizer=words,
-            pack=PACK,
-            conditions=CONDITIONS,
-            text_dropout=text_dropout,
-            patch=patch,
-            compression=(4, 8),
-            rows=rows,
-            seed=5,
-        )
-
-    return loader
+    return functools.partial(load_of, cache, words)
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +117,14 @@ def train(cache) -> list[int]:
     return [number for number, row in enumerate(cache.index) if row["split"] == "train"]
 
 
-@pytest.fixture(scope="module")
-def plan(cache, words, train) -> packing.Plan:
+def plan_of(cache, words, train) -> packing.Plan:
     mixture = Mixture(groups(cache.index, train, Mix()), seed=5)
     return packing.Plan(pipeline.token_counts(cache.index, words, 1), mixture, PACK, width=8)
+
+
+@pytest.fixture(scope="module")
+def plan(cache, words, train) -> packing.Plan:
+    return plan_of(cache, words, train)
 
 
 def whole(cache, sample: int, epoch: int) -> packing.Piece:
@@ -280,7 +288,61 @@ def test_packs_hold_their_segments_from_the_left(loader, cache, words, plan, tra
         assert {len(segment.patches_LP) for segment in drawn} == {patches}
 
 
-def test_a_latent_longer_than_a_row_is_an_error(cache, words, plan):
-    counts = pipeline.token_counts(cache.index, words, 1)
-    with pytest.raises(InputError, match="tokens, rows have 8"):
-        packing.Plan(counts, plan.mixture, packing.Config((8,), 4, 3), width=8)
+def test_captions_that_are_never_drawn_reserve_no_tokens(cache, words):
+    both, given, other = (
+        pipeline.token_counts(cache.index, words, 1, weights).text_tokens
+        for weights in ({}, {"given": 1.0, "other": 0.0}, {"other": 1.0})
+    )
+    for n, row in enumerate(cache.index):
+        lengths = {origin: len(words.encode(text)) for text, origin in row["captions"]}
+        assert given[n] == lengths.get("given", 1) and other[n] == lengths.get("other", 1)
+        assert both[n] == max(lengths.values(), default=1)
+    assert (given < both).any()
+
+
+def test_packs_are_the_same_with_worker_processes_and_without(
+    cache, words, loader, plan, train, new_process, tmp_path
+):
+    """In a process of its own, which ends whatever its workers do."""
+    alone = take(pipeline.packs(loader(), plan, PIPELINE, start=2), 6)
+    tokenizer.save(words, tmp_path / "tokenizer.model")
+    code = f"""
+import dataclasses, itertools, pickle, runpy
+import numpy as np
+from absl import flags
+from vidsim.data import latents, pipeline
+from vidsim.text import tokenizer
+flags.FLAGS(["test"])  # grain reads flags of its own
+test = runpy.run_path({__file__!r})
+cache = latents.Latents({str(cache.folder)!r})
+words = tokenizer.load({str(tmp_path / "tokenizer.model")!r}, max_tokens=8)
+plan = test["plan_of"](cache, words, {train!r})
+settings = dataclasses.replace(test["PIPELINE"], workers=2)
+data = pipeline.packs(test["load_of"](cache, words), plan, settings, start=2)
+with open({str(tmp_path / "packs")!r}, "wb") as file:
+    packs = [{{name: np.array(array) for name, array in pack.items()}} for pack in
+             itertools.islice(data, 6)]  # out of the memory that is shared with workers
+    pickle.dump(packs, file)
+data.close()
+"""
+    ended = new_process("-c", code)
+    assert ended.code == 0, ended.stderr
+    spread = pickle.loads((tmp_path / "packs").read_bytes())
+    assert len(spread) == len(alone) == 6
+    for one, other in zip(alone, spread, strict=True):
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threads": 0}, "pipeline.threads=0 is under 1"),
+        ({"prefetch": 0}, "pipeline.prefetch=0 is under 1"),
+        ({"workers": -1}, "pipeline.workers=-1 is under 0"),
+    ],
+)
+def test_a_pipeline_that_reads_nothing_is_refused(change, words):
+    with pytest.raises(InputError, match=words):
+        dataclasses.replace(PIPELINE, **change)

@@ -522,3 +522,12 @@ def test_the_command_line_returns_the_totals(tmp_path):
         "quarantined": 0,
         "out": str(tmp_path / "out"),
     }
+
+
+def test_a_filter_beside_nofilters_is_refused(vidsim, tmp_path):
+    video.write_video(tmp_path / "in" / "a.mp4", frames(), 8)
+    flags = ("prepare", f"--input={tmp_path / 'in'}", f"--out={tmp_path / 'out'}", "--nofilters")
+    ended = vidsim(*flags, "--min_sharpness=20")
+    assert ended.code == 2 and "--nofilters turns off --min_sharpness=20 too" in ended.stderr
+    assert not (tmp_path / "out").exists()
+    assert vidsim(*flags).summary["clips"] == 1

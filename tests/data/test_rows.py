@@ -16,9 +16,16 @@ def samples_of(*sizes: tuple[int, int]) -> Samples:
 
 
 def arrange(samples: Samples, length: int, *, steps: int, rows_a_step: int, seed: int = 0):
-    rng = np.random.default_rng(seed)
+    tokens = samples.tokens(length)
     return rows.arrange(
-        samples, length, steps=steps, rows=rows_a_step, most_segments=4, width=8, rng=rng
+        samples,
+        length,
+        steps=steps,
+        rows=rows_a_step,
+        most_segments=4,
+        width=8,
+        image_share=float(tokens[samples.latents == 1].sum() / tokens.sum()),
+        rng=np.random.default_rng(seed),
     )
 
 
@@ -67,3 +74,23 @@ def test_the_same_samples_and_key_give_the_same_rows_and_every_latent_is_in_one(
     assert seen == dict.fromkeys(
         ((n, t) for n, (count, _) in enumerate(drawn) for t in range(count)), 1
     )
+
+
+def test_a_step_without_images_gets_a_row_of_the_step_that_costs_least_by_it():
+    """Of steps of two rows: the third holds images at about the cost of the first two."""
+    costs = np.array([10.0, 10.0, 11.0, 11.0, 10.0, 11.0, 30.0, 30.0])
+    images = np.array([0, 0, 0, 0, 3, 3, 3, 3])
+    tokens = np.full(8, 10)
+    order = rows._swap_rows(costs, images, tokens, [[0, 1], [2, 3], [4, 5], [6, 7]], 0.2)
+    assert sorted(np.concatenate(order).tolist()) == list(range(8))
+    assert images[order].sum(axis=1).tolist() == [3, 3, 3, 3]
+    assert 4 in order[0], "of the same cost"
+    assert 6 in order[1] or 7 in order[1], "the third step can give no more"
+    assert rows._swap_rows(costs, images, tokens, order, 0.2) == order
+
+
+def test_no_step_is_left_without_a_token_for_the_sake_of_images():
+    costs = tokens = np.array([10, 0, 10, 10])
+    images = np.array([10, 0, 0, 0])
+    found = rows._swap_rows(costs.astype(float), images, tokens, [[0, 1], [2, 3]], 1 / 3)
+    assert (tokens[found].sum(axis=1) > 0).all()

@@ -174,7 +174,8 @@ def test_a_clip_that_is_shorter_than_its_rate_says_gives_its_own_frames(
 
 
 def row(dataset: str, frames: int, captions=()) -> dict:
-    return {"dataset": dataset, "frames": frames, "captions": list(captions)}
+    facts = {"dataset": dataset, "frames": frames, "split": "train"}
+    return {**facts, "captions": list(captions)}
 
 
 INDEX = [row("films", 9)] * 6 + [row("photos", 1)] * 3 + [row("films", 1)] * 2
@@ -211,6 +212,30 @@ def test_an_image_share_is_one_of_all_draws_and_keeps_the_weights_within_images(
     assert alone["films", "video"] == pytest.approx(0.75, abs=0.02)
 
 
+def test_an_image_share_of_one_is_images_alone():
+    found = drawn(sources.Mix({"films": 1.0, "photos": 3.0}, image_share=1.0))
+    assert set(found) == {("photos", "image"), ("films", "image")}
+    assert found["photos", "image"] == pytest.approx(0.75, abs=0.02)
+    films = [row("films", 9), row("photos", 1)]
+    mix = sources.Mix({"films": 1.0, "photos": 3.0}, image_share=1.0)
+    (group,) = sources.groups(films, [0, 1], mix)
+    assert group.samples == (1,), "a source without images takes no part"
+    with pytest.raises(InputError, match="there are no images among 1"):
+        sources.groups(films, [0], sources.Mix(image_share=1.0))
+
+
+def test_why_a_source_has_no_samples_is_told():
+    index = [row("films", 9), row("photos", 1)]
+    mix = sources.Mix({"films": 1.0, "photos": 1.0})
+    with pytest.raises(InputError, match="'photos' has a weight, but its 1 clips are shorter"):
+        sources.groups(index, [0], mix)
+    index[1]["split"] = "validation"
+    with pytest.raises(InputError, match=r"'photos' .* all of its 1 clips are kept for validation"):
+        sources.groups(index, [0], mix)
+    with pytest.raises(InputError, match=r"'photos' .* smaller than a token are left out"):
+        sources.groups(index[:1], [0], mix)
+
+
 @quick
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([1, 9])), min_size=1, max_size=30),
@@ -221,7 +246,7 @@ def test_groups_hold_every_sample_once_and_their_weights_sum_to_one(rows, weight
     index = [row(name, frames) for name, frames in rows]
     weights = {name: 1.0 + ord(name) - ord("a") for name, _ in rows} if weighted else {}
     if image_share and len({frames for _, frames in rows}) < 2:
-        with pytest.raises(InputError, match="samples is a"):
+        with pytest.raises(InputError, match=r"there are no (image|video)s among"):
             sources.groups(index, range(len(index)), sources.Mix(weights, image_share))
         return
     found = sources.groups(index, range(len(index)), sources.Mix(weights, image_share))
@@ -234,8 +259,8 @@ def test_groups_hold_every_sample_once_and_their_weights_sum_to_one(rows, weight
     ("mix", "words"),
     [
         (sources.Mix({"films": 1.0}), "'photos' has samples but no weight"),
-        (sources.Mix({"films": 1.0, "photos": 1.0, "x": 1.0}), "'x' has a weight but no samples"),
-        (sources.Mix(image_share=1.0), r"image_share=1\.0 is not in \[0, 1\)"),
+        (sources.Mix({"films": 1.0, "photos": 1.0, "x": 1.0}), "'x' has a weight but no clips"),
+        (sources.Mix(image_share=1.1), r"image_share=1\.1 is not in \[0, 1\]"),
     ],
 )
 def test_a_mix_that_does_not_match_the_sources_is_refused(mix, words):

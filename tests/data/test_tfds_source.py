@@ -11,16 +11,16 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from vidsim import files
-from vidsim.data import listing, tfds_source, video
+from vidsim.data import clips, listing, tfds_source, video
 from vidsim.errors import InputError
 
 ROOT = pathlib.Path(__file__).parents[2]
 SIZE = (24, 33)  # height, width; 33 is odd
 
 
-def picture(level: int, format: str = "png") -> bytes:
+def picture(level: int, format: str = "png", size: tuple[int, int] = SIZE) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.full((*SIZE, 3), level, np.uint8)).save(buffer, format)
+    Image.fromarray(np.full((*size, 3), level, np.uint8)).save(buffer, format)
     return buffer.getvalue()
 
 
@@ -198,8 +198,24 @@ def test_a_damaged_example_becomes_a_file_that_does_not_decode(tmp_path):
     folder = pathlib.Path(tfds_source.as_folder(f"tfds:{data}?fps=5", tmp_path / "files"))
     media, _ = listing.list_files(folder)
     assert [file[-12:] for file in media] == ["00000000.mp4", "0001.damaged", "00000002.mp4"]
+    finding, _ = clips.examine(folder, media[1], clips.Config(str(folder), ""))
+    assert finding.kind == "quarantined"
+    assert finding.reason.startswith("has a picture, 3 of 4, that "), finding.reason
     with pytest.raises(video.DecodeError):
         video.read_frames(folder / media[1])
+
+
+def test_pictures_that_make_no_video_are_told_and_stop_no_other(tmp_path):
+    lines = {"video": [picture(9, size=(1, 32))] * 3, "text": "lines"}
+    other = [picture(9, size=size) for size in ((24, 32), (24, 32), (32, 24))]
+    sizes = {"video": other, "text": "sizes"}
+    data = write_by_hand(tmp_path / "data", [lines, *films(1), sizes], FILM)
+    folder = pathlib.Path(tfds_source.as_folder(f"tfds:{data}?fps=5", tmp_path / "files"))
+    media, _ = listing.list_files(folder)
+    found = [clips.examine(folder, file, clips.Config(str(folder), ""))[0] for file in media]
+    assert [finding.kind for finding in found] == ["quarantined", "video", "quarantined"]
+    assert found[0].reason == "has pictures of 32x1, and a video needs 2x2 or more"
+    assert found[2].reason == "has pictures of 32x24 and, 3 of 3, of 24x32"
 
 
 def test_an_interrupted_folder_goes_on_and_equals_an_uninterrupted_one(

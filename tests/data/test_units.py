@@ -44,3 +44,22 @@ def test_what_a_machine_lacks_is_no_fault_of_the_files(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=f"No module named 'cv2' on {host}"):
         units.examine_unit(tmp_path, config, unit)
     assert not list(tmp_path.glob("findings-*"))
+
+
+@pytest.mark.parametrize("left", [None, b"", bytes(100), b'{"id": "a.mp4#0001"}\n'])
+def test_a_unit_without_the_pictures_of_its_clips_is_examined_again(tmp_path, left):
+    """A machine that loses power can leave a file of zeros, or an empty one."""
+    video.write_video(tmp_path / "in" / "a.mp4", np.zeros((4, 32, 32, 3), np.uint8), 8)
+    config, done = clips.Config(str(tmp_path / "in"), str(tmp_path / "out")), []
+
+    def run(function, todo, **_):
+        done.extend(map(function, todo))
+
+    units.examine(tmp_path, config, ["a.mp4"], run)
+    path = tmp_path / "pictures-000000.jsonl"
+    pictures = path.read_bytes()
+    units.examine(tmp_path, config, ["a.mp4"], run)
+    assert len(done) == 1, "what is whole is not made again"
+    path.unlink() if left is None else path.write_bytes(left)
+    units.examine(tmp_path, config, ["a.mp4"], run)
+    assert len(done) == 2 and path.read_bytes() == pictures

@@ -115,6 +115,12 @@ def test_the_output_to_delete_for_another_value_is_named(claimed, tmp_path):
     (named,) = re.findall(r"delete (.*) to have it made again", str(refused.value))
     assert named.split() == [str(tmp_path / n) for n in ("tokenizer.model", "dit", "samples")]
     assert "or a new --workdir" in str(refused.value)
+    assert "restart_epoch" not in str(refused.value), "it is about data alone"
+
+
+def test_the_policy_for_other_data_is_named(claimed):
+    with pytest.raises(InputError, match=r"or set data.on_change=restart_epoch to train on with"):
+        claimed(**{"data.validation_share": 0.5})
 
 
 HOLDER = """

@@ -2,15 +2,17 @@
 
 import json
 import runpy
+import types
 
 import numpy as np
 import pytest
 
 from vidsim import files
-from vidsim.data import engine, filters, prepare, video
+from vidsim.data import engine, filters, pipeline, prepare, video
 from vidsim.errors import InputError
-from vidsim.stages import claims, inputs
+from vidsim.stages import claims, inputs, training
 from vidsim.stages.run import Run
+from vidsim.text import tokenizer
 
 
 @pytest.fixture
@@ -80,3 +82,79 @@ def test_what_preparing_lacks_is_told_before_the_folder_is_claimed(run_of, monke
     with pytest.raises(InputError, match=r"pip install 'vidsim\[prepare\]'"):
         claims.claim(run)
     assert not run.workdir.exists()
+
+
+def with_rows(run: Run, *sizes: tuple[int, int, int], **facts) -> Run:
+    """The run with clips of (frames, height, width) in place of shards, and a tokenizer."""
+    rows = [
+        {"id": f"clip {n}", "frames": t, "height": h, "width": w, "fps": 8.0, "split": "train"}
+        | {"captions": [("a small ball", "given")], "dataset": ""}
+        | facts
+        for n, (t, h, w) in enumerate(sizes)
+    ]
+    run.clips = types.SimpleNamespace(index=rows)
+    words = tokenizer.train(["a small ball"], vocabulary=40, max_tokens=24)
+    run.workdir.mkdir(exist_ok=True)
+    tokenizer.save(words, run.path("tokenizer.model"))
+    return run
+
+
+IMAGES_FIRST = {
+    "steps": 2,
+    "area": 32 * 32,
+    "max_frames": 1,
+    "image_share": 1.0,
+    "lengths": (64,),
+    "rows": 8,
+}
+
+
+def phased(run_of, **changes) -> Run:
+    """A run whose first phase has images alone."""
+    run = run_of("run")
+    earlier = ({**IMAGES_FIRST, **changes},)
+    run.config["dit"]["earlier"] = earlier
+    return Run(run.config, run.workdir)
+
+
+def test_a_phase_of_images_alone_takes_pictures_and_one_frame_of_every_video(run_of):
+    run = with_rows(phased(run_of), (40, 32, 48), (9, 32, 48), (1, 32, 32))
+    inputs.check_rows(run)
+    first, last = run.phases
+    rows = inputs.latent_plan(run, first.latents).rows
+    assert sorted(row["id"] for row in rows) == ["clip 0@20", "clip 1@4", "clip 2@0"]
+    counts = pipeline.token_counts(rows, run.words(), run.dit.patch)
+    plan = training.pack_plan(run, rows, counts, "train", first.mix, first.pack)
+    drawn = [piece for step in range(4) for row in plan[step].rows for piece in row]
+    assert {piece.sample for piece in drawn} == {0, 1, 2}
+    assert {piece.latents for piece in drawn} == {1}
+    assert len(inputs.latent_plan(run, last.latents).rows) > 3
+
+
+def test_rows_are_checked_with_the_captions_of_the_clips(run_of):
+    """48x32 is 6 tokens at a stride of 8 pixels and patches of 2, or as many as there are."""
+    run = with_rows(phased(run_of), (9, 32, 48), (1, 32, 32))
+    rows = inputs.latent_plan(run, run.phases[0].latents).rows
+    counts = pipeline.token_counts(rows, run.words(), run.dit.patch)
+    needed = int((counts.latent_tokens + counts.text_tokens).max())
+    assert counts.text_tokens.max() > 1
+    inputs.check_rows(with_rows(phased(run_of, lengths=(needed,)), (9, 32, 48), (1, 32, 32)))
+    short = with_rows(phased(run_of, lengths=(needed - 1,)), (9, 32, 48), (1, 32, 32))
+    told = rf"rows have {needed - 1}; raise dit.earlier\[0\].lengths or lower dit.earlier\[0\].area"
+    with pytest.raises(InputError, match=told):
+        inputs.check_rows(short)
+
+
+def test_clips_without_a_token_are_told_before_anything_is_trained(run_of):
+    run = with_rows(run_of("run"), (1, 4, 4))
+    with pytest.raises(InputError, match="none of 1 clips has a token of"):
+        inputs.check_rows(run)
+    with pytest.raises(InputError, match="no train latents among 1"):
+        inputs.check_rows(with_rows(run, (1, 32, 32), split="validation"))
+
+
+def test_the_mix_of_every_phase_is_checked_before_anything_is_trained(run_of):
+    run = with_rows(phased(run_of, max_frames=13), (9, 32, 48))
+    with pytest.raises(InputError, match=r"image_share=1.0, but there are no images among 1"):
+        inputs.check_rows(run)
+    inputs.check_rows(with_rows(phased(run_of), (9, 32, 48)))

@@ -12,6 +12,7 @@ import dataclasses
 from absl import flags
 
 from vidsim.data import engine, filters, prepare, tfds_source
+from vidsim.errors import InputError
 from vidsim.parallel import multihost
 
 FLAGS = flags.FLAGS
@@ -51,6 +52,11 @@ def define_flags() -> None:
 
 def main() -> dict:
     chosen = {field.name: getattr(FLAGS, field.name) for field in _FILTERS}
+    given = [name for name in chosen if FLAGS[name].present]
+    if given and not FLAGS.filters:
+        raise InputError(
+            f"--nofilters turns off --{given[0]}={chosen[given[0]]:g} too; leave one of them out"
+        )
     config = prepare.Config(
         input=FLAGS.input,
         out=FLAGS.out,

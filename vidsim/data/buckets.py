@@ -137,6 +137,13 @@ def plan(
     drawn = [record for records in members.values() for record in records]
     groups = sources.groups(index, sorted(drawn), mix)
     mixed = mixture.Mixture(groups, seed=seed)
+    # With images alone there are buckets that nothing is drawn for.
+    drawn = {record for group in groups for record in group.samples}
+    members = {
+        shape: own
+        for shape, records in members.items()
+        if (own := [record for record in records if record in drawn])
+    }
     share = dict.fromkeys(members, 0.0)
     bucket_of = {record: shape for shape, records in members.items() for record in records}
     for group, draws in zip(mixed.groups, mixed.draws, strict=True):

@@ -31,6 +31,10 @@ class Config:
     filters: filtering.Filters = filtering.DEFAULT
 
 
+# A file NAME.damaged that begins so says why there is no clip: what made the folder could not.
+NO_CLIP = "no clip: "
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """A clip of a file as `examine` found it."""
@@ -70,6 +74,7 @@ def examine(folder: pathlib.Path, file: str, config: Config) -> tuple[Finding, l
     Returns the finding and a JPEG of every clip. What is wrong with the file is in the finding.
     """
     try:
+        _check_note(folder / file)
         return _examine(folder / file, file, config)
     except packets.DecodeError as error:
         reason = str(error)
@@ -95,6 +100,14 @@ def _examine(path: pathlib.Path, file: str, config: Config) -> tuple[Finding, li
             strips.append(strip)
     kind = "image" if is_image else "video"
     return Finding(file, kind, info=info, shots=shots, clips=tuple(clips)), strips
+
+
+def _check_note(path: pathlib.Path) -> None:
+    """Raises what another input noted, in place of a clip that it could not make."""
+    if path.suffix == ".damaged" and path.is_file():
+        text = path.read_bytes().decode("utf-8", "replace")
+        if text.startswith(NO_CLIP):
+            raise packets.DecodeError(text.removeprefix(NO_CLIP))
 
 
 def _check(info: video.VideoInfo, film: packets.Film | None, config: Config) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -21,6 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from vidsim import progress
 from vidsim.errors import InputError
 
+# Of a unit whose worker or machine dies: machines come and go, but what always kills its worker is
+# to be told and not tried for ever.
+_RETRIES = 8
 _STORE_BYTES = 200_000_000  # units and results are small: the media never pass through Ray
 
 
@@ -61,7 +65,8 @@ def started(engine: Engine) -> Iterator[Callable]:
     is started here ends here, with its files; one that runs already is left running.
 
     Raises:
-        InputError: when Ray or the cluster is not there; and what a function raised as InputError.
+        InputError: when Ray or the cluster is not there; when the worker of a unit dies every time;
+            and what a function raised as InputError.
     """
     engine.check_installed()
     if not engine.on_ray:
@@ -81,6 +86,7 @@ def set_up_environment() -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token for a cluster on loopback
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
     os.environ.setdefault("RAY_worker_niceness", str(os.nice(0)))  # as nice as this process
+    os.environ.setdefault("RAY_task_oom_retries", str(_RETRIES))  # without it, for ever
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
@@ -142,17 +148,18 @@ def _on_ray(
 ) -> list:
     import ray
 
-    # Ray runs a task again, however often, that ends with its worker or machine.
-    task = ray.remote(num_cpus=1, max_retries=-1)(_told)
-    waiting, running, results = list(reversed(units)), [], []
+    # Ray runs a task again that ends with its worker or machine.
+    task = ray.remote(num_cpus=1, max_retries=_RETRIES)(_told)
+    waiting, running, results = list(reversed(units)), {}, []
     try:
         with progress.bar(total=len(units), desc=desc, unit=unit) as bar:
             while waiting or running:
                 at_once = engine.workers or int(ray.cluster_resources().get("CPU", 1))
                 while waiting and len(running) < at_once:
-                    running.append(task.remote(function, waiting.pop()))
-                ended, running = ray.wait(running)
-                for told in ray.get(ended):
+                    one = waiting.pop()
+                    running[task.remote(function, one)] = one
+                for ended in ray.wait(list(running))[0]:
+                    told = _result(ended, running.pop(ended))
                     if "error" in told:
                         raise InputError(told["error"])
                     results.append(told["result"])
@@ -161,6 +168,22 @@ def _on_ray(
         for one in running:  # a cluster that is not ours goes on
             ray.cancel(one)
     return results
+
+
+def _result(task, unit: dict) -> dict:
+    """What `_told` returned for a unit."""
+    import ray
+
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayTaskError:  # raised by what ran, not by Ray
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"each of {_RETRIES + 1} workers died at {json.dumps(unit)[:300]} ({reason}); give "
+            "workers more memory, or take these files away, and start again: the rest is kept"
+        ) from error
 
 
 def _told(function: Callable, unit: dict) -> dict:

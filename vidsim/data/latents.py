@@ -19,6 +19,7 @@ stored is the posterior's mean, normalised a channel; its variance is not.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -77,6 +78,23 @@ class Plan:
     pieces: tuple[Piece, ...]
     rows: tuple[dict, ...]  # of the index: piece after piece
     too_small: tuple[str, ...]  # ids of the clips that are smaller than a token
+
+    def batch(self, shape: Shape, devices: int) -> int:
+        """How many windows of a shape are encoded at once: one program, whatever the piece.
+
+        Not many more than its largest piece has, however small they are.
+        """
+        most = devices * max(1, self.config.batch_pixels // math.prod(shape) // devices)
+        batches = math.ceil(self._largest[shape] / most)
+        return devices * math.ceil(self._largest[shape] / batches / devices)
+
+    @functools.cached_property
+    def _largest(self) -> dict[Shape, int]:
+        """The windows of the largest piece of each shape."""
+        found: dict[Shape, int] = {}
+        for piece in self.pieces:
+            found[piece.shape] = max(found.get(piece.shape, 0), len(piece.windows))
+        return found
 
 
 def plan(index: list[dict], config: Config, *, stride: Stride, channels: int, mark: str) -> Plan:
@@ -153,6 +171,15 @@ def fingerprint(vae, config: Config, stride: Stride, *, fps: float) -> str:
     return f"{digest.hexdigest()[:16]}-{made}"
 
 
+def begin(folder: str | os.PathLike, plan: Plan) -> None:
+    """Removes what another plan left in the folder: latents of another VAE, or of other clips."""
+    folder, wanted = pathlib.Path(folder), {piece.name for piece in plan.pieces}
+    stale = [path for path in folder.glob("latents-*.bf16") if path.name not in wanted]
+    if stale:  # cache.json first: without it there is no cache
+        for path in (folder / "cache.json", folder / "index.jsonl", *stale):
+            path.unlink(missing_ok=True)
+
+
 def encode(
     folder: str | os.PathLike,
     plan: Plan,
@@ -178,8 +205,7 @@ def encode(
             if path.exists():
                 bar.update(len(piece.windows))
                 continue
-            size = plan.config.batch_pixels // math.prod(piece.shape)
-            size = devices * max(1, size // devices)
+            size = plan.batch(piece.shape, devices)
             with files.atomic_path(path) as temporary, temporary.open("wb") as file:
                 for windows, video_BTHWC, sizes_B2 in _batches(pool, clips, piece, size):
                     latents = np.asarray(encode(video_BTHWC, sizes_B2))

@@ -95,14 +95,14 @@ def read_captions(folder: pathlib.Path, media: list[str], ignored: list[str]) ->
                 )
                 continue
             good += 1
-            file, texts = _caption_row(row, where)
+            file, texts, origin = _caption_row(row, where)
             source = (pathlib.PurePosixPath(listed).parent / file).as_posix()
             if source not in known:
                 raise InputError(
                     f"{where} has a caption for {file!r}, which is no file beside it;"
                     " mend the name or remove the row"
                 )
-            captions[source] = (*captions.get(source, ()), *((text, "given") for text in texts))
+            captions[source] = (*captions.get(source, ()), *((text, origin) for text in texts))
         if bad and not good:
             raise InputError(
                 f"no row of {path} can be read: line {bad[0]['line']} {bad[0]['reason']};"
@@ -120,7 +120,8 @@ def _lines(path: pathlib.Path) -> list[bytes]:
         raise InputError(f"{path} cannot be read: {error.strerror}; mend or remove it") from error
 
 
-def _caption_row(row, where: str) -> tuple[str, list[str]]:
+def _caption_row(row, where: str) -> tuple[str, list[str], str]:
+    """The file of a row, its captions and their origin."""
     remedy = 'write {"file": NAME, "caption": TEXT} or {"file": NAME, "captions": [TEXT, ...]}'
     if not isinstance(row, dict) or ("caption" in row) == ("captions" in row):
         raise InputError(f"{where} is not a row of a file and its caption; {remedy}")
@@ -129,7 +130,13 @@ def _caption_row(row, where: str) -> tuple[str, list[str]]:
         raise InputError(f"{where} is not a row of a file and its caption; {remedy}")
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError(f"{where} has a caption that is not text, or empty; {remedy}")
-    return file, texts
+    origin = row.get("origin", "given")
+    if not isinstance(origin, str) or not origin.strip():
+        raise InputError(
+            f"{where} has the origin {origin!r}, which is no name; write for instance "
+            '"origin": "descriptive", or leave it out for "given"'
+        )
+    return file, texts, origin
 
 
 def fingerprint(folder: pathlib.Path, media: list[str], ignored: list[str]) -> str:

@@ -14,7 +14,9 @@ A pack (one batch of rows) is a dict of arrays:
 The plan of rows goes in blocks. A block is a fixed number of steps, and takes the next draws of the
 mixture up to a fixed amount, so which draws it takes is found from sums over whole epochs, without
 the blocks before it: any step is planned in the time of one block, the first as the millionth.
-Within a block `data/rows.py` decides which samples share a row and which rows a step.
+Within a block `data/rows.py` decides which samples share a row and which rows a step. How much
+blocks take is tried on a few of them. One that does not fit has its videos cut more finely; no
+other block is another for it.
 
 A step's share of images is their tokens (samples of one latent, with their captions) over all of
 its tokens; it is to be within a factor of 2 of the mixture's.
@@ -25,8 +27,10 @@ its tokens; it is to be within a factor of 2 of the mixture's.
 import bisect
 import dataclasses
 import functools
+import itertools
 import math
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -37,12 +41,15 @@ from vidsim.data.rows import Samples, arrange, cost, rows_needed
 from vidsim.errors import InputError
 
 LEAST_STEPS = 128  # of a block
+# Where a block does not fit otherwise, into which parts of a row its videos are cut.
+CUTS = (1, 2, 4)
 LARGEST = 1 / 250  # of a block at most what its largest sample takes
 # Of the samples that fit rows other than the longest, the parts that are tried there: what lies in
 # them cannot fill up long rows, and a block may need it to. Then valid tokens that are tried there.
 SHORT_PARTS = (1.0, 0.75, 0.5, 0.25, 0.0)
 SHORT_FILLS = (0.985, 0.95, 0.9)
 FULL = 0.985  # of a block at most: what stays empty lets rows cost alike
+NAMES = ("dit.pack.lengths", "latents.area")
 TRIALS = 6  # stretches of the mixture that the fill of blocks is measured on
 
 
@@ -126,6 +133,22 @@ class Segment:
     size: tuple[int, int, int]
 
 
+def check_fits(samples: Samples, ids: Sequence[str], config: Config, *, names=NAMES) -> None:
+    """Finds what no plan can place; `names` are what pack.lengths and latents.area are called.
+
+    Raises:
+      InputError: one latent of a sample and its caption are longer than the longest row.
+    """
+    least = samples.latent_tokens + samples.text_tokens
+    worst = int(np.argmax(least))
+    if least[worst] > config.lengths[-1]:
+        raise InputError(
+            f"one latent frame of {ids[worst]} has {samples.latent_tokens[worst]} tokens and its "
+            f"caption {samples.text_tokens[worst]}, but rows have {config.lengths[-1]}; raise "
+            f"{names[0]} or lower {names[1]}"
+        )
+
+
 class Plan:
     """`plan[step]` is a `Step`; a pure function of (mixture, step).
 
@@ -134,8 +157,7 @@ class Plan:
       width: of the model, for what attention costs beside the matrices.
       quota: what a block takes, where it was measured before; it is a function of the others.
 
-    Raises:
-      InputError: one latent of a sample and its caption are longer than the longest row.
+    One latent of a sample and its caption are to fit the longest row, see `check_fits`.
     """
 
     def __init__(
@@ -149,7 +171,7 @@ class Plan:
     ):
         self.samples, self.mixture, self.config, self.width = samples, mixture, config, width
         self._members = [np.array(group.samples) for group in mixture.groups]
-        self._check()
+        self._image_share = self._share_of_images()
         self._weights = self._weigh()
         self._epochs = [int(self._weights[members].sum()) for members in self._members]
         self._prefix = functools.lru_cache(maxsize=4 * len(mixture.groups))(self._make_prefix)
@@ -184,16 +206,18 @@ class Plan:
     def _drawn(self) -> np.ndarray:
         return np.unique(np.concatenate(self._members))
 
-    def _check(self) -> None:
-        drawn = self._drawn()
-        least = self.samples.latent_tokens[drawn] + self.samples.text_tokens[drawn]
-        worst = int(np.argmax(least))
-        if least[worst] > self.config.lengths[-1]:
-            raise InputError(
-                f"one latent frame of sample {drawn[worst]} and its caption have {least[worst]} "
-                f"tokens, rows have {self.config.lengths[-1]}; raise dit.pack.lengths or lower "
-                "latents.area"
+    def _share_of_images(self) -> float:
+        """Tokens of images over all tokens, as the mixture draws them."""
+        tokens = self.samples.tokens(self.config.lengths[-1])
+        images = np.where(self.samples.latents == 1, tokens, 0)
+        in_images, in_all = (
+            sum(
+                draws * float(of[members].mean())
+                for members, draws in zip(self._members, self.mixture.draws, strict=True)
             )
+            for of in (images, tokens)
+        )
+        return in_images / in_all
 
     def _weigh(self) -> np.ndarray:
         """What each sample takes of a block, in tokens.
@@ -271,9 +295,10 @@ class Plan:
     def _make_block(self, block: int) -> list[Step]:
         numbers, epochs = self._draws(block * self._quota, (block + 1) * self._quota)
         members = self.samples.take(numbers)
-        for part in SHORT_PARTS if len(self.config.lengths) > 1 else (0.0,):
+        parts = SHORT_PARTS if len(self.config.lengths) > 1 else (0.0,)
+        for cut, part in itertools.product(CUTS, parts):
             rng = np.random.default_rng((self.mixture.seed, block))
-            steps = self._arrange(members, part, rng)
+            steps = self._arrange(members, part, cut, rng)
             if steps is not None:
                 break
         else:
@@ -292,7 +317,9 @@ class Plan:
             for length, rows in steps
         ]
 
-    def _arrange(self, members: Samples, part: float, rng) -> list[tuple[int, list]] | None:
+    def _arrange(
+        self, members: Samples, part: float, cut: int, rng
+    ) -> list[tuple[int, list]] | None:
         """Steps of every length: shorter rows take what fits them, at most `part` of it.
 
         What they leave goes to the longer ones, which need small samples to be full.
@@ -313,20 +340,20 @@ class Plan:
             order = rng.permutation(np.flatnonzero(fits))
             for fill in SHORT_FILLS if count else ():
                 own = order[np.cumsum(tokens[order]) <= fill * count * config.tokens]
-                found = self._fitted(members, own, length, count, rng)
+                found = self._fitted(members, own, length, count, cut, rng)
                 if found is not None:
                     left[own] = False
                     steps += [(length, rows) for rows in found]
                     break
         own = np.flatnonzero(left)
         count = self.block_steps - len(steps)
-        found = self._fitted(members, own, config.lengths[-1], count, rng)
+        found = self._fitted(members, own, config.lengths[-1], count, cut, rng)
         if found is None:
             return None
         steps += [(config.lengths[-1], rows) for rows in found]
         return [steps[number] for number in rng.permutation(len(steps))]
 
-    def _fitted(self, members: Samples, own: np.ndarray, length: int, steps: int, rng):
+    def _fitted(self, members: Samples, own: np.ndarray, length: int, steps: int, cut: int, rng):
         if not steps:
             return None if len(own) else []
         found = arrange(
@@ -336,6 +363,8 @@ class Plan:
             rows=self.config.tokens // length,
             most_segments=self.config.max_segments,
             width=self.width,
+            image_share=self._image_share,
+            cut=cut,
             rng=rng,
         )
         if found is None:

@@ -5,6 +5,7 @@ data is one number, and the same on any number of hosts and workers.
 """
 
 import dataclasses
+import types
 from collections.abc import Iterator, Mapping, Sequence
 
 import grain
@@ -13,8 +14,9 @@ import numpy as np
 from vidsim.data import buckets, packing
 from vidsim.data.latents import Latents
 from vidsim.data.rows import Samples
-from vidsim.data.sources import Clips, caption_of
+from vidsim.data.sources import Clips, caption_of, usable
 from vidsim.diffusion import conditions
+from vidsim.errors import InputError
 from vidsim.layers import rotary
 from vidsim.layers.patches import patchify
 from vidsim.text.tokenizer import NULL, Tokenizer
@@ -26,6 +28,13 @@ class Config:
     prefetch: int  # batches that each thread, and each worker, reads ahead
     workers: int  # processes that read; 0 reads in this one
     seed: int
+
+    def __post_init__(self):
+        for name, least in {"threads": 1, "prefetch": 1, "workers": 0}.items():
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"pipeline.{name}={getattr(self, name)} is under {least}; raise it"
+                )
 
 
 def stream(plan, load, *, start: int, config: Config) -> Iterator[dict[str, np.ndarray]]:
@@ -129,12 +138,17 @@ class LoadPack:
         )
 
 
-def token_counts(index: Sequence[dict], tokenizer: Tokenizer, patch: int) -> Samples:
-    """What packing needs to know of latent records; for text, their longest captions."""
+def token_counts(
+    index: Sequence[dict],
+    tokenizer: Tokenizer,
+    patch: int,
+    caption_weights: Mapping[str, float] = types.MappingProxyType({}),
+) -> Samples:
+    """What packing needs to know of latent records; for text, the longest that may be drawn."""
     grids = np.array([row["grid"] for row in index], int).reshape(-1, 3)
     texts = [
-        max([len(tokenizer.encode(text)) for text, _ in row["captions"]], default=1)
-        for row in index
+        max((len(tokenizer.encode(text)) for text, _ in captions), default=1)
+        for captions in (usable(row["captions"], caption_weights) for row in index)
     ]
     each = (grids[:, 1] // patch) * (grids[:, 2] // patch)
     return Samples(grids[:, 0], each, np.array(texts, int))

@@ -14,8 +14,8 @@ dearest row. So rows of similar cost make a step. In the order of the work:
    small images close what is open.
 4. Rows are sorted by cost and cut into steps. A step of dear rows, which have little room for
    images, gets some of the cheap rows that are rich in them: that makes no other row wait.
-5. Images change places with videos of their size where a step still has too few or too many, and
-   rows with rows of nearly their cost.
+5. Where a step still has too few or too many images, they change places with videos of their size,
+   and then whole rows with those of other steps that cost alike.
 
 How many images are pooled and how the rich rows are spread is tried over a small grid. The best is
 kept: few steps off the share of images, and low in max/mean of cost.
@@ -38,6 +38,7 @@ FINALISTS = 6  # that step 5 is done on
 SMALL_IMAGES = 0.3  # share of the tokens of images that is kept for closing rows
 LIKE = 0.2  # images and videos that change places differ by at most this share of their tokens
 SURPLUS = -0.3  # from which surplus of images on, over its aim, a step takes part in that
+OWN = 16  # rows of a step off the band, at most, of which one is tried elsewhere
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +89,8 @@ class _Items:
         return numbers[np.argsort(-self.tokens[numbers], kind="stable")].tolist()
 
 
-def _items(samples: Samples, length: int) -> _Items:
-    pieces = samples.pieces(length)
+def _items(samples: Samples, length: int, cut: int = 1) -> _Items:
+    pieces = samples.pieces(length // cut)
     sample = np.repeat(np.arange(len(samples)), pieces)
     number = np.arange(len(sample)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     even, more = np.divmod(samples.latents, pieces)
@@ -167,13 +168,23 @@ def rows_needed(samples: Samples, length: int, most_segments: int) -> int:
 
 
 def arrange(
-    samples: Samples, length: int, *, steps: int, rows: int, most_segments: int, width: int, rng
+    samples: Samples,
+    length: int,
+    *,
+    steps: int,
+    rows: int,
+    most_segments: int,
+    width: int,
+    image_share: float,
+    cut: int = 1,
+    rng,
 ) -> list[list[list[tuple[int, int, int]]]] | None:
     """`steps` x `rows` rows of (sample, first latent, latents); None if they do not fit.
 
-    Every latent of every sample is in exactly one row. Only samples longer than a row are cut.
+    Every latent of every sample is in exactly one row. Only samples longer than a row are cut, or
+    than the part 1 / `cut` of it. `image_share` is that of the tokens, which steps are to be near.
     """
-    items = _items(samples, length)
+    items = _items(samples, length, cut)
     fillings = (
         _fill(items, _Rows(steps * rows, length, most_segments), rows, width, pool)
         for pool in POOLS
@@ -196,7 +207,7 @@ def arrange(
         filled = filled.copy()
         _exchange_images(items, filled, order)
         facts = _facts(items, filled, width)
-        order = _swap_rows(*facts, order)
+        order = _swap_rows(*facts, order, image_share)
         finals.append((_score(*facts, order, OUTSIDE[1]), filled, order))
     _, filled, order = min(finals, key=lambda final: final[0])
     sample, first, latents = items.sample.tolist(), items.first.tolist(), items.latents.tolist()
@@ -348,33 +359,70 @@ def _steps(
     return found
 
 
-def _swap_rows(costs, images, tokens, order: list[list[int]]) -> list[list[int]]:
-    """Rows of steps with too many images change places with rows of nearly their cost."""
-    order = [list(step) for step in order]
+def _swap_rows(costs, images, tokens, order: list[list[int]], share: float) -> list[list[int]]:
+    """Rows of steps off the band change places with rows of other steps, where that costs least.
+
+    No other step leaves the band by it, or gets further from it. `share` is what the band is about.
+    """
+    order_SR = np.array(order)
     step_of = np.empty(len(costs), int)
-    for number, step in enumerate(order):
-        step_of[step] = number
-    in_images = np.array([images[step].sum() for step in order], float)
-    aim = np.array([tokens[step].sum() for step in order]) * (images.sum() / tokens.sum())
-    for step in np.flatnonzero(in_images > BAND[1] * aim).tolist():
-        for _ in range(len(order[step])):
-            if in_images[step] <= BAND[1] * aim[step]:
+    step_of[order_SR] = np.arange(len(order_SR))[:, None]
+
+    def off(in_images, in_all):
+        """Tokens of images that are missing to the band, or too many."""
+        low, high = (limit * share * in_all for limit in BAND)
+        return np.maximum(np.maximum(low - in_images, in_images - high), 0)
+
+    images_S, tokens_S, costs_S = (of[order_SR].sum(axis=1) for of in (images, tokens, costs))
+    dearest_S, beside = costs[order_SR].max(axis=1), np.empty(len(costs))
+    beside[order_SR] = _dearest_beside(costs[order_SR])
+    for step in np.argsort(-off(images_S, tokens_S) / tokens_S, kind="stable").tolist():
+        for _ in order_SR[step]:
+            before = off(images_S[step], tokens_S[step])
+            if not before:
                 break
-            row = max(order[step], key=lambda row: images[row])
-            far = np.abs(costs - costs[row])
-            after = in_images[step_of] + images[row] - images
-            others = (after < aim[step_of]) & (images < 0.5 * images[row])
-            if not others.any():
+            # Of one too few, those that hold least; of one too many, those that hold most.
+            sign = 1 if images_S[step] < share * tokens_S[step] else -1
+            own = np.argsort(sign * images[order_SR[step]], kind="stable")[:OWN]
+            own_C1 = order_SR[step][own][:, None]
+            more_CN, longer_CN = images - images[own_C1], tokens - tokens[own_C1]
+            off_CN = off(images_S[step] + more_CN, tokens_S[step] + longer_CN)
+            off_there_CN = off(images_S[step_of] - more_CN, tokens_S[step_of] - longer_CN)
+            better_CN = (off_CN < before) & (off_there_CN <= off(images_S, tokens_S)[step_of])
+            better_CN &= step_of != step
+            # None is left without a token.
+            better_CN &= (tokens_S[step_of] > longer_CN) & (tokens_S[step] + longer_CN > 0)
+            if not better_CN.any():
                 break
-            other = int(np.argmin(np.where(others, far, np.inf)))
-            home = int(step_of[other])
-            order[step][order[step].index(row)] = other
-            order[home][order[home].index(other)] = row
-            step_of[row], step_of[other] = home, step
-            change = images[row] - images[other]
-            in_images[step] -= change
-            in_images[home] += change
-    return order
+            off_CN = np.where(better_CN, off_CN, np.inf)
+            places, others = np.nonzero(off_CN == off_CN.min())
+            places, homes = own[places], step_of[others]
+            rows = order_SR[step, places]
+            dearer = costs[others] - costs[rows]
+            spread = np.maximum(beside[rows], costs[others]) / (costs_S[step] + dearer)
+            spread += np.maximum(beside[others], costs[rows]) / (costs_S[homes] - dearer)
+            spread -= (dearest_S / costs_S)[homes]
+            best = int(np.argmin(spread))
+            place, row, other, to = (int(of[best]) for of in (places, rows, others, homes))
+            order_SR[to, order_SR[to] == other] = row
+            order_SR[step, place] = other
+            step_of[row], step_of[other] = to, step
+            for sums_S, of in ((images_S, images), (tokens_S, tokens), (costs_S, costs)):
+                sums_S[step] += of[other] - of[row]
+                sums_S[to] -= of[other] - of[row]
+            for changed in (step, to):
+                own_costs_R = costs[order_SR[changed]]
+                dearest_S[changed] = own_costs_R.max()
+                beside[order_SR[changed]] = _dearest_beside(own_costs_R)
+    return order_SR.tolist()
+
+
+def _dearest_beside(costs_R: np.ndarray) -> np.ndarray:
+    """Of every row of a step, or of steps, the cost of the dearest row beside it; 0 if alone."""
+    if costs_R.shape[-1] == 1:
+        return np.zeros_like(costs_R)
+    found_R = np.sort(costs_R, axis=-1)
+    return np.where(costs_R == found_R[..., -1:], found_R[..., -2:-1], found_R[..., -1:])
 
 
 def _exchange_images(items: _Items, filled: _Rows, order: list[list[int]]) -> None:

@@ -84,6 +84,12 @@ def assign(index: Sequence[dict], split: str, shapes: Sequence[Shape]) -> dict[S
     return dict(sorted(members.items()))
 
 
+def too_short(index: Sequence[dict], split: str, shapes: Sequence[Shape]) -> int:
+    """How many records of `split` have no shape, because all have more frames."""
+    shortest = min(frames for frames, _, _ in shapes)
+    return sum(row["split"] == split and row["frames"] < shortest for row in index)
+
+
 _size_for = functools.lru_cache(maxsize=65536)(size_for)
 
 

@@ -38,7 +38,7 @@ class Mix:
     """What the draws are made up of."""
 
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by `dataset`; {}: all
-    image_share: float = 0.0  # of the draws, that are images; 0: as many as there are
+    image_share: float = 0.0  # of the draws, that are images; 0: as many as there are, 1: no other
 
 
 class Joined:
@@ -162,17 +162,17 @@ def groups(index: Sequence[dict], samples: Iterable[int], mix: Mix) -> tuple[Gro
     Without weights and image share that is one: everything as often as it is there. Weights are
     shares of the draws by `dataset`, whatever its size. With an image share, images and videos are
     groups of their own, and within the images, and within the videos, the sources keep their
-    weights. An image is a row of one frame.
+    weights. An image is a row of one frame. With a share of 1 videos are in no group.
 
     Raises:
         InputError: a source of the samples has no weight, or a weight no samples; there are no
             images to share, or no videos.
     """
     samples = list(samples)
-    if not 0 <= mix.image_share < 1:
+    if not 0 <= mix.image_share <= 1:
         raise InputError(
-            f"image_share={mix.image_share} is not in [0, 1); 0 takes images as often as there are "
-            "some, and for images alone give sources that hold nothing else"
+            f"image_share={mix.image_share} is not in [0, 1]; 0 takes images as often as there are "
+            "some, 1 takes nothing else"
         )
     members: dict[tuple[str, str], list[int]] = {}
     for sample in samples:
@@ -183,14 +183,14 @@ def groups(index: Sequence[dict], samples: Iterable[int], mix: Mix) -> tuple[Gro
     known = {source for source, _ in members}
     if mix.weights and known != set(mix.weights):
         wrong = sorted(known ^ set(mix.weights))[0]
-        what = "has samples but no weight" if wrong in known else "has a weight but no samples"
-        raise InputError(f"source {wrong!r} {what}; name the sources that there are")
+        raise InputError(f"source {wrong!r} {_why_apart(index, samples, wrong)}")
     shares = {"": 1.0, "image": mix.image_share, "video": 1 - mix.image_share}
+    members = {key: numbers for key, numbers in members.items() if shares[key[1]]}
     for kind in ("image", "video") if mix.image_share else ():
-        if all(found != kind for _, found in members):
+        if shares[kind] and all(found != kind for _, found in members):
             raise InputError(
-                f"image_share={mix.image_share}, but none of {len(samples)} samples is a "
-                f"{kind}; give image_share=0, or a source with some"
+                f"image_share={mix.image_share}, but there are no {kind}s among {len(samples)} "
+                "samples; give image_share=0, or a source with some"
             )
     found = []
     for (source, kind), numbers in sorted(members.items()):
@@ -202,6 +202,29 @@ def groups(index: Sequence[dict], samples: Iterable[int], mix: Mix) -> tuple[Gro
     return tuple(found)
 
 
+def _why_apart(index: Sequence[dict], samples: Sequence[int], source: str) -> str:
+    """Why a source has no weight, or no samples, and what to do about it."""
+    own = [row for row in index if row["dataset"] == source]
+    splits = {index[sample]["split"] for sample in samples}
+    remedy = f"add others, or remove {source!r} from the sources"
+    if any(index[sample]["dataset"] == source for sample in samples):
+        return "has samples but no weight; name it among the sources"
+    if not own:
+        return f"has a weight but no clips; those smaller than a token are left out: {remedy}"
+    if all(row["split"] not in splits for row in own):
+        told = " and ".join(sorted({row["split"] for row in own}))
+        return f"has a weight, but all of its {len(own)} clips are kept for {told}: {remedy}"
+    return (
+        f"has a weight, but its {sum(row['split'] in splits for row in own)} clips are shorter "
+        f"than every bucket; give shorter buckets, {remedy}"
+    )
+
+
+def usable(captions: Sequence, weights: Mapping[str, float]) -> list:
+    """Of the (text, origin) of a record those that may be chosen."""
+    return [pair for pair in captions if not weights or weights.get(pair[1], 0) > 0]
+
+
 def caption_of(row: dict, rng: np.random.Generator, weights: Mapping[str, float]) -> str:
     """One of the record's captions, or "" when it has none.
 
@@ -209,17 +232,16 @@ def caption_of(row: dict, rng: np.random.Generator, weights: Mapping[str, float]
     record lacks are left out and the rest is in proportion; captions of other origins are not
     used. Without weights every caption is as likely.
     """
-    captions = row["captions"]
+    captions = usable(row["captions"], weights)
+    if not captions:
+        return ""
     if weights:
-        there = {origin for _, origin in captions}
-        origins = sorted(name for name in there if weights.get(name, 0) > 0)
-        if not origins:
-            return ""
+        origins = sorted({origin for _, origin in captions})
         shares = np.array([weights[name] for name in origins], float)
         place = np.searchsorted(np.cumsum(shares), rng.random() * shares.sum(), side="right")
         chosen = origins[min(int(place), len(origins) - 1)]
         captions = [pair for pair in captions if pair[1] == chosen]
-    return captions[int(rng.integers(len(captions)))][0] if captions else ""
+    return captions[int(rng.integers(len(captions)))][0]
 
 
 def check_caption_weights(index: Iterable[dict], weights: Mapping[str, float]) -> None:

@@ -11,7 +11,8 @@
 
 Its examples become files and a captions.jsonl in a folder, which `prepare` reads as any other:
 encoded images and videos with the bytes that they have, pictures of a video as one mp4 (crf 12).
-An example that is damaged becomes a file that `prepare` puts into quarantine with the reason.
+An example that is damaged becomes a file that `prepare` puts into quarantine with the reason: the
+media as they are, or, of pictures that make no video, what is wrong with them.
 
 Examples are read as the protocol buffers that they are: TFDS's own features for videos need
 TensorFlow, and so does its reader of the format TFRecord.
@@ -29,7 +30,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from vidsim import files, progress
-from vidsim.data import video
+from vidsim.data import clips, video
 from vidsim.data.packets import DecodeError
 from vidsim.data.tfds_features import Found, find
 from vidsim.errors import InputError
@@ -200,11 +201,12 @@ def _write(found: Found, split: str, fps: float, folder: pathlib.Path) -> Iterat
                 try:
                     clip_THWC = _stack(data)
                     video.write_video(path, clip_THWC, _rate(found, features, fps))
-                except DecodeError:
+                except DecodeError as error:
                     path = damaged
+                    files.write_text(path, f"{clips.NO_CLIP}{error}")
             if not path.exists():
                 with files.atomic_path(path) as temporary:
-                    temporary.write_bytes(_damaged(data) if frames else b"".join(data[:1]))
+                    temporary.write_bytes(b"".join(data[:1]))
             os.utime(path, (_TIME, _TIME))
         if damaged.exists():
             path = damaged
@@ -213,23 +215,26 @@ def _write(found: Found, split: str, fps: float, folder: pathlib.Path) -> Iterat
 
 
 def _stack(data: list[bytes]) -> np.ndarray:
-    """uint8 [T, H, W, 3] of encoded pictures; mp4 needs even sizes, so an odd line is left out."""
-    pictures = [video.read_frames(picture)[0] for picture in data]
-    if len({picture.shape for picture in pictures}) > 1:
-        raise DecodeError("changes its frame size midway")
-    clip_THWC = np.stack(pictures)
-    height, width = (side // 2 * 2 for side in clip_THWC.shape[1:3])
-    return clip_THWC[:, :height, :width]
+    """uint8 [T, H, W, 3] of encoded pictures; mp4 needs even sizes, so an odd line is left out.
 
-
-def _damaged(data: list[bytes]) -> bytes:
-    """The first picture that does not decode."""
-    for picture in data:
+    Raises:
+      DecodeError: they do not decode, differ in size or are too small.
+    """
+    pictures = []
+    for number, picture in enumerate(data, 1):
         try:
-            video.read_frames(picture)
-        except DecodeError:
-            return picture
-    return b""
+            pictures.append(video.read_frames(picture)[0])
+        except DecodeError as error:
+            raise DecodeError(f"has a picture, {number} of {len(data)}, that {error}") from error
+        (height, width), first = pictures[-1].shape[:2], pictures[0].shape[:2]
+        if (height, width) != first:
+            raise DecodeError(
+                f"has pictures of {first[1]}x{first[0]} and, {number} of {len(data)}, of "
+                f"{width}x{height}"
+            )
+    if min(height, width) < 2:
+        raise DecodeError(f"has pictures of {width}x{height}, and a video needs 2x2 or more")
+    return np.stack(pictures)[:, : height // 2 * 2, : width // 2 * 2]
 
 
 def _rate(found: Found, features, fps: float) -> float:

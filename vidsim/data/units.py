@@ -64,7 +64,7 @@ def examine(work: pathlib.Path, config: Config, media: list[str], run: Callable)
         InputError: a machine lacks something, or the work folder is not one for all of them.
     """
     units = plan(pathlib.Path(config.input), media)
-    found = {unit["number"]: _findings(work, unit) for unit in units}
+    found = {unit["number"]: _done(work, unit) for unit in units}
     todo = [unit for unit in units if found[unit["number"]] is None]
     run(functools.partial(examine_unit, work, config), todo, desc="prepare: examine", unit="unit")
     found |= {unit["number"]: _findings(work, unit) for unit in todo}
@@ -77,11 +77,28 @@ def examine(work: pathlib.Path, config: Config, media: list[str], run: Callable)
     return [finding for findings in found.values() for finding in findings]
 
 
-def _findings(work: pathlib.Path, unit: dict) -> list[Finding] | None:
-    """What was found in the files of a unit; None when it is not there.
+def _done(work: pathlib.Path, unit: dict) -> list[Finding] | None:
+    """What an earlier run found in the files of a unit; None unless all of it is there.
 
-    A machine that loses power can leave a file of that name that is empty or broken.
+    A machine that loses power can leave files of these names that are empty or broken.
     """
+    found = _findings(work, unit)
+    if found is None:
+        return None
+    clips_found = [
+        clips.clip_id(finding.file, number)
+        for finding in found
+        for number in range(len(finding.clips))
+    ]
+    try:
+        pictured = [row["id"] for row in read_jsonl(_pictures_path(work, unit))]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    return found if pictured == clips_found else None
+
+
+def _findings(work: pathlib.Path, unit: dict) -> list[Finding] | None:
+    """What was found in the files of a unit; None when that is not there."""
     try:
         found = [Finding.from_json(row) for row in read_jsonl(_findings_path(work, unit))]
     except (FileNotFoundError, ValueError, TypeError, KeyError):

@@ -59,9 +59,12 @@ class Window:
 def windows_of(index: list[dict], stride: Stride, *, area: int, max_frames: int) -> list[Window]:
     """Cuts every clip into windows of 1 + k stride.frames frames, at most `max_frames`.
 
-    The last window of a long clip ends with the clip, overlapping the one before it. Every window
-    begins with a latent of one frame, wherever in the clip it lies. Clips of less than a token in
-    height or width have no window. With an `area` of 0 no clip is resized.
+    What a long clip has beyond whole windows becomes one more, which ends with the clip, if it is
+    half a window or more; otherwise it is left out, as another window would show little but what
+    the one before it did. With `max_frames` of 1 a clip is one picture, from its middle: any two of
+    its frames are much alike. Every window begins with a latent of one frame, wherever in the clip
+    it lies. Clips of less than a token in height or width have no window. With an `area` of 0 no
+    clip is resized.
 
     Raises:
       InputError: `max_frames` is no whole number of latents.
@@ -79,10 +82,14 @@ def windows_of(index: list[dict], stride: Stride, *, area: int, max_frames: int)
             continue
         longest = 1 + (row["frames"] - 1) // stride.frames * stride.frames
         length = min(longest, max_frames)
-        starts = [0]  # of a short clip, what it has beyond 1 + k stride.frames is left out
-        if row["frames"] > max_frames:
-            starts = list(range(0, row["frames"] - length + 1, length))
-            if starts[-1] + length < row["frames"]:
+        whole, rest = divmod(row["frames"], length)
+        if max_frames == 1:
+            starts = [row["frames"] // 2]
+        elif row["frames"] <= max_frames:
+            starts = [0]  # what it has beyond 1 + k stride.frames is left out
+        else:
+            starts = [number * length for number in range(whole)]
+            if 2 * rest >= length:
                 starts.append(row["frames"] - length)
         found += [Window(record, start, length, height, width, resized) for start in starts]
     return found

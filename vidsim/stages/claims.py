@@ -134,10 +134,12 @@ def _bound(run: Run, changes: dict[str, str], begun: dict[str, list[str]]) -> In
     stages = [name for name in OUTPUTS if any(name in names for names in begun.values())]
     outputs = [path for name in stages for path in _outputs(run, name)]
     wrong = {key: changes[key] for key, names in begun.items() if names}
+    data = any(read_by(key) == PREPARING for key in wrong)
+    policy = ", or set data.on_change=restart_epoch to train on with other data" if data else ""
     return InputError(
         f"{run.workdir} was started with another config ({configs.told(wrong)}), which the output "
         f"of {', '.join(stages)} depends on; use the old value, or a new --workdir, or delete "
-        f"{' '.join(outputs)} to have it made again"
+        f"{' '.join(outputs)} to have it made again{policy}"
     )
 
 

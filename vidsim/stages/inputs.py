@@ -2,12 +2,10 @@
 
 import jax
 
-from vidsim.data import latents, prepare, tfds_source
-from vidsim.data.windows import windows_of
-from vidsim.errors import InputError
+from vidsim.data import latents, packing, pipeline, prepare, tfds_source
 from vidsim.parallel import multihost
 from vidsim.sampling import generate
-from vidsim.stages import curriculum
+from vidsim.stages import curriculum, training
 from vidsim.stages.run import Run, latent_mark, load_vae
 from vidsim.text import tokenizer
 from vidsim.worlds import physics as world
@@ -44,27 +42,29 @@ def train_tokenizer(run: Run) -> dict:
     return multihost.run_once(train, "tokenizer")
 
 
+def latent_plan(run: Run, config: latents.Config, mark: str = "planned") -> latents.Plan:
+    """What is encoded of the clips; without a `mark`, as it will be once there is a VAE."""
+    channels = run.vae.latent_channels
+    return latents.plan(run.clips.index, config, stride=run.stride, channels=channels, mark=mark)
+
+
 def check_rows(run: Run) -> None:
     """Finds before anything is trained what would stop the transformer after hours.
 
     Raises:
-        InputError: one latent frame of a clip does not fit a row.
+        InputError: in a phase no clip is as large as a token, none is left to train on, one latent
+            frame of a clip and its caption do not fit a row, or the mix asks for a source, for
+            images or for videos that are not there.
     """
+    words = run.words()
     for number, phase in enumerate(run.phases, 1):
         own = number == len(run.phases)
-        area, rows = ("latents", "dit.pack") if own else (f"dit.earlier[{number - 1}]",) * 2
-        longest = phase.pack.lengths[-1]
-        windows = windows_of(run.clips.index, run.stride, area=phase.latents.area, max_frames=1)
-        largest = max(windows, key=lambda window: window.height * window.width, default=None)
-        if largest is None:
-            return  # encoding says so
-        tokens = largest.height * largest.width // run.stride.token**2 + 1
-        if tokens > longest:
-            raise InputError(
-                f"one latent frame of {run.clips.index[largest.record]['id']} at {largest.width}x"
-                f"{largest.height} and its caption need {tokens} tokens or more, and rows have "
-                f"{longest}; lower {area}.area={phase.latents.area}, or raise {rows}.lengths"
-            )
+        where = ("dit.pack", "latents") if own else (f"dit.earlier[{number - 1}]",) * 2
+        rows = latent_plan(run, phase.latents).rows
+        counts = pipeline.token_counts(rows, words, run.dit.patch, run.data.caption_weights)
+        names = f"{where[0]}.lengths", f"{where[1]}.area={phase.latents.area}"
+        packing.check_fits(counts, [row["id"] for row in rows], phase.pack, names=names)
+        training.groups_of(rows, "train", phase.mix)
 
 
 def encode_latents(run: Run) -> dict:
@@ -72,13 +72,8 @@ def encode_latents(run: Run) -> dict:
     models = load_vae(run)
 
     def encode(folder: str, config: latents.Config) -> dict:
-        plan = latents.plan(
-            run.clips.index,
-            config,
-            stride=run.stride,
-            channels=run.vae.latent_channels,
-            mark=latent_mark(run, models, config),
-        )
+        plan = latent_plan(run, config, latent_mark(run, models, config))
+        multihost.run_once(lambda: latents.begin(run.path(folder), plan), "latent folder")
 
         def encode_share():
             latents.encode(

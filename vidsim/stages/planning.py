@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vidsim.data import buckets, latents, mixture, packing, pipeline
+from vidsim.data import buckets, mixture, packing, pipeline, shapes
 from vidsim.data.rows import Samples
 from vidsim.stages.curriculum import Phase
+from vidsim.stages.inputs import latent_plan
 from vidsim.stages.run import Run
 from vidsim.stages.training import pack_plan
 from vidsim.text.tokenizer import Tokenizer
@@ -48,13 +49,15 @@ def pixel_buckets(run: Run) -> tuple[Table, dict]:
         shares = [f"{100 * row[name]:.1f}" for name in SHARES]
         lines.append((*sizes, *shares, str(row["batch"]), f"{row['step_pixels'] / 1e6:.3f}"))
     trained = sum(row["split"] == "train" for row in index)
+    short = shapes.too_short(index, "train", run.bucket_shapes)
     held = sum(len(bucket.records) for bucket in planned.buckets)
     notes = ["clips to upscaled in %; unused: % of the frames that one draw leaves out"]
-    if trained > held:
+    if short:
         notes.append(
-            f"left out: {trained - held} of {trained} training clips, which are shorter than every "
-            "bucket"
+            f"left out: {short} of {trained} training clips, which are shorter than every bucket"
         )
+    if trained > held + short:
+        notes.append(f"left out: {trained - held - short} videos, as data.image_share is 1")
     draws, more = _draws(planned.mixture)
     table = Table(f"buckets of {held} training clips", names, lines, notes + more)
     rows = [{key: round(value, 4) for key, value in row.items()} for row in rows]
@@ -70,13 +73,7 @@ def latent_packs(run: Run) -> tuple[str, dict | list[dict]]:
 
 def _packs_of(run: Run, phase: Phase) -> tuple[Table, dict]:
     """The packs of a phase, of the latents that it has encoded, now or later."""
-    index = latents.plan(
-        run.clips.index,
-        phase.latents,
-        stride=run.stride,
-        channels=run.vae.latent_channels,
-        mark="planned",
-    ).rows
+    index = latent_plan(run, phase.latents).rows
     words = run.words() if run.path("tokenizer.model").is_file() else None
     samples = _samples(run, index, words)
     plan = pack_plan(run, index, samples, "train", phase.mix, phase.pack)
@@ -96,16 +93,22 @@ def _packs_of(run: Run, phase: Phase) -> tuple[Table, dict]:
                 "steps": round(len(steps) / plan.block_steps, 4),
                 "valid": round(float(valid.sum()) / (len(steps) * phase.pack.tokens), 4),
                 "images": round(float(images.mean()), 4),
+                "least_images": round(float(images.min()), 4),
+                "most_images": round(float(images.max()), 4),
                 "cost_spread": round(float(spread.mean()), 4),
                 "largest_cost_spread": round(float(spread.max()), 4),
             }
         )
-    head = ("row tokens", "rows", "steps", "valid", "images", "cost max/mean", "at most")
+    shares = ("steps", "valid", "images", "least_images", "most_images")
+    head = (
+        *("row tokens", "rows", "steps", "valid", "images", "at least", "at most"),
+        *("cost max/mean", "at most"),
+    )
     lines = [
         (
             str(row["row_tokens"]),
             str(row["rows"]),
-            *(f"{100 * row[name]:.1f}" for name in ("steps", "valid", "images")),
+            *(f"{100 * row[name]:.1f}" for name in shares),
             f"{row['cost_spread']:.3f}",
             f"{row['largest_cost_spread']:.3f}",
         )
@@ -127,7 +130,7 @@ def _packs_of(run: Run, phase: Phase) -> tuple[Table, dict]:
 def _samples(run: Run, index: Sequence[dict], words: Tokenizer | None) -> Samples:
     """Tokens of latents and captions; without a tokenizer, a caption is as long as it may be."""
     if words is not None:
-        return pipeline.token_counts(index, words, run.dit.patch)
+        return pipeline.token_counts(index, words, run.dit.patch, run.data.caption_weights)
     silent = [{**row, "captions": []} for row in index]
     counts = pipeline.token_counts(silent, None, run.dit.patch)
     return dataclasses.replace(counts, text_tokens=np.full(len(index), run.text.max_tokens))

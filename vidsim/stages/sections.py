@@ -68,7 +68,7 @@ class DiT:
 class Data:
     input: str  # a folder; "" for the world, or where there are sources
     sources: tuple[Mapping, ...]  # of several: {"name", "input", "weight"} each
-    image_share: float  # of the draws, that are images; 0: as many as there are
+    image_share: float  # of the draws, that are images; 0: as many as there are, 1: all
     fps: float  # frames/s that faster videos are resampled to; 0: none are
     caption_weights: Mapping[str, float]  # by origin; {}: every caption is as likely
     validation_share: float

@@ -13,7 +13,17 @@ import numpy as np
 import optax
 
 from vidsim import files, trees
-from vidsim.data import buckets, index, latents, mixture, packing, pipeline, sources, windows
+from vidsim.data import (
+    buckets,
+    index,
+    latents,
+    mixture,
+    packing,
+    pipeline,
+    shapes,
+    sources,
+    windows,
+)
 from vidsim.data.rows import Samples
 from vidsim.diffusion import conditions
 from vidsim.errors import InputError
@@ -99,7 +109,7 @@ def vae_training(run: Run, stage: str = "vae") -> Training:
         seed=run.pipeline.seed,
         devices=run.batch_devices(),
     )
-    _say_left_out(run, plan)
+    _say_left_out(run)
     parts = run.batch_devices()
     return Training(
         **vars(vae_task(run, stage)),
@@ -111,10 +121,10 @@ def vae_training(run: Run, stage: str = "vae") -> Training:
     )
 
 
-def _say_left_out(run: Run, plan: buckets.Plan) -> None:
+def _say_left_out(run: Run) -> None:
     """Clips that no bucket takes are not trained on, and that is not to go unnoticed."""
     trained = sum(row["split"] == "train" for row in run.clips.index)
-    left = trained - sum(len(bucket.records) for bucket in plan.buckets)
+    left = shapes.too_short(run.clips.index, "train", run.bucket_shapes)
     if left and multihost.is_main():
         text = f"vae: {left} of {trained} training clips are left out: shorter than every bucket"
         print(text, file=sys.stderr)
@@ -151,6 +161,16 @@ def _vae_validation(run: Run, stage: str, train_state, step_number):
             yield name, quality[name]
 
 
+def groups_of(index: Sequence[dict], split: str, mix: sources.Mix) -> tuple[mixture.Group, ...]:
+    """What the packs of a split of latents are drawn from."""
+    samples = [n for n, row in enumerate(index) if row["split"] == split]
+    if not samples:
+        raise InputError(
+            f"no {split} latents among {len(index)}; lower data.validation_share or add clips"
+        )
+    return sources.groups(index, samples, mix)
+
+
 def pack_plan(
     run: Run,
     index: Sequence[dict],
@@ -160,12 +180,8 @@ def pack_plan(
     pack: packing.Config,
 ) -> packing.Plan:
     """The packs of a split of latents, whose rows are `index` and whose tokens `counts`."""
-    samples = [n for n, row in enumerate(index) if row["split"] == split]
-    if not samples:
-        raise InputError(
-            f"no {split} latents among {len(index)}; lower data.validation_share or add clips"
-        )
-    draws = mixture.Mixture(sources.groups(index, samples, mix), seed=run.pipeline.seed)
+    packing.check_fits(counts, [row["id"] for row in index], pack)
+    draws = mixture.Mixture(groups_of(index, split, mix), seed=run.pipeline.seed)
     return packing.Plan(counts, draws, pack, width=run.dit.width)
 
 
@@ -213,7 +229,7 @@ def dit_training(run: Run) -> Training:
         for folder, config in run.caches.items()
     }
     counts = {
-        folder: pipeline.token_counts(cache.index, words, run.dit.patch)
+        folder: pipeline.token_counts(cache.index, words, run.dit.patch, run.data.caption_weights)
         for folder, cache in caches.items()
     }
 
@@ -411,7 +427,8 @@ def finish_decoder(run: Run) -> dict:
 def _measure_statistics(run: Run, models: generate.Models) -> None:
     """Mean and deviation of each channel over training clips, written beside the checkpoints."""
     rows = run.clips.index
-    train = [w for w in run.windows() if not w.start and rows[w.record]["split"] == "train"]
+    first = {window.record: window for window in reversed(run.windows())}
+    train = [first[n] for n in sorted(first) if rows[n]["split"] == "train"]
     if not train:
         raise InputError(
             f"no training clip of {len(rows)} clips has a token's {run.stride.token} pixels in "

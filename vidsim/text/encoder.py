@@ -30,6 +30,12 @@ class Config:
     base_features: int  # the features that learning rates are found at (muP); 0: these
 
     def __post_init__(self):
+        if self.depth and (self.features % self.heads or self.features // self.heads % 2):
+            raise InputError(
+                f"dit.text.features={self.features} over heads={self.heads} is not an even head "
+                f"dimension, which dit.text.depth={self.depth} needs; choose features that are a "
+                "multiple of twice the heads"
+            )
         if self.base_features < 0:
             raise InputError(f"base_features={self.base_features} is negative; use features, or 0")
 
@@ -37,14 +43,6 @@ class Config:
     def widening(self) -> float:
         """How many times more features there are than learning rates are found at."""
         return self.features / (self.base_features or self.features)
-
-    def __post_init__(self):
-        if self.depth and (self.features % self.heads or self.features // self.heads % 2):
-            raise InputError(
-                f"dit.text.features={self.features} over heads={self.heads} is not an even head "
-                f"dimension, which dit.text.depth={self.depth} needs; choose features that are a "
-                "multiple of twice the heads"
-            )
 
 
 class Block(nnx.Module):
