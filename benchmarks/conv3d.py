@@ -81,7 +81,8 @@ def compare(shapes, platform: str, make, seconds_of) -> tuple[dict, dict[str, fl
     table, logs = {}, {way: [] for way in conv3d.WAYS}
     for shape, channels in shapes:
         seconds = seconds_of({way: make(way) for way in conv3d.WAYS}, shape, channels)
-        picked = seconds.get(conv3d.fastest(platform, shape[-1]))
+        kernel = (3, 3, 3, shape[-1], channels)
+        picked = seconds.get(conv3d.fastest(platform, shape, kernel))
         if picked is None:  # another that fits is faster by any measure
             table[f"{shape} to {channels}"] = "the way picked does not fit"
             return table, {"picked": 0.0}

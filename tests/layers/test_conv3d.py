@@ -42,12 +42,17 @@ def test_every_way_of_convolving_gives_the_same(kernel, time_stride):
         np.testing.assert_allclose(found(x, weights), wanted, **ORDER_OF_SUMS)
 
 
-def test_the_way_is_picked_by_platform_and_channels():
-    assert fastest("cpu", 96) == "taps"
-    assert fastest("cpu", 3) == "channels"
-    assert fastest("gpu", 3) == fastest("tpu", 96) == "native"
-    text = str(jax.make_jaxpr(conv3d)(normal(0, 1, 3, 4, 4, 32), normal(1, 3, 3, 3, 32, 2)))
+def test_the_way_is_picked_by_platform_and_shapes():
+    video, small, cube = (1, 9, 64, 64), (2, 3, 8, 8), (3, 3, 3)
+    assert fastest("cpu", (*video, 96), (*cube, 96, 8)) == "taps"
+    assert fastest("cpu", (*video, 3), (*cube, 3, 8)) == "channels"
+    assert fastest("cpu", (*small, 96), (*cube, 96, 8)) == "im2col"
+    for platform in ("gpu", "tpu"):
+        assert fastest(platform, (*video, 96), (*cube, 96, 8)) == "native"
+        assert fastest(platform, (*small, 3), (*cube, 3, 8)) == "native"
+    x, kernel = (jax.ShapeDtypeStruct(size, np.float32) for size in ((*video, 32), (*cube, 32, 2)))
     convolutions = 3 if jax.default_backend() == "cpu" else 1
+    text = str(jax.make_jaxpr(conv3d)(x, kernel))
     assert text.count("conv_general_dilated[") == convolutions
 
 

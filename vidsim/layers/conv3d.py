@@ -28,6 +28,7 @@ from vidsim.layers.parameter import parameter
 from vidsim.parallel import sharding
 
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+FEW_VALUES = 2**22  # of all neighbourhoods: up to here they stay in a CPU's cache
 FEW_CHANNELS = 16  # up to here one convolution of all taps' channels is the fastest on a CPU
 
 
@@ -38,7 +39,7 @@ def conv3d(
 
     T frames under K taps give 1 + (T - K) // time_stride frames.
     """
-    convolve = WAYS[way or fastest(_platform(), x_BTHWC.shape[-1])]
+    convolve = WAYS[way or fastest(_platform(), x_BTHWC.shape, kernel_THWCD.shape)]
     return in_place(convolve(in_place(x_BTHWC), kernel_THWCD, time_stride))
 
 
@@ -68,11 +69,15 @@ def _parts(axis: str) -> int:
     )
 
 
-def fastest(platform: str, in_channels: int) -> str:
-    """The way to convolve there: "cpu", "gpu" or "tpu"."""
+def fastest(platform: str, x_BTHWC: tuple[int, ...], kernel_THWCD: tuple[int, ...]) -> str:
+    """The way to convolve arrays of these shapes there: "cpu", "gpu" or "tpu"."""
     if platform != "cpu":
         return "native"
-    return "channels" if in_channels <= FEW_CHANNELS else "taps"
+    # A product of matrices knows nothing of rows that devices share.
+    neighbourhoods = math.prod(x_BTHWC[:4]) * math.prod(kernel_THWCD[:4])
+    if neighbourhoods <= FEW_VALUES and _parts("height") == 1:
+        return "im2col"
+    return "channels" if x_BTHWC[-1] <= FEW_CHANNELS else "taps"
 
 
 def native(x_BTHWC: jax.Array, kernel_THWCD: jax.Array, time_stride: int) -> jax.Array:

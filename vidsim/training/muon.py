@@ -85,11 +85,32 @@ def muon(
 
 # Newton-Schulz of the library: with no momentum its Muon is that and nothing else.
 _newton_schulz = scale_by_muon(beta=0.0, nesterov=False)
+_STEPS, _COEFFICIENTS = 5, (3.4445, -4.775, 2.0315)  # the library's
 
 
 def _orthogonal(matrix_RC: jax.Array) -> jax.Array:
     """Five steps of Newton-Schulz: singular values of 1, within about a third."""
+    R, C = matrix_RC.shape
+    if max(R, C) >= 2 * min(R, C) and matrix_RC.dtype == jnp.float32:
+        return _long(matrix_RC) if R > C else _long(matrix_RC.T).T
     return _newton_schulz.update(matrix_RC, _newton_schulz.init(matrix_RC))[0]
+
+
+def _long(x_RC: jax.Array) -> jax.Array:
+    """The same of many rows, which are read twice in place of ten times.
+
+    A step x <- x p, p = a + b g + c g^2, g = x^T x, takes g to p g p, and all of these commute: so
+    the steps are those of g, and x is multiplied once by the product of all p. In fewer bits than
+    float32 the squares of small singular values would be lost.
+    """
+    a, b, c = _COEFFICIENTS
+    x_RC = x_RC / (jnp.linalg.norm(x_RC) + 1e-8)
+    g = x_RC.T @ x_RC
+    product = one = jnp.eye(len(g), dtype=g.dtype)
+    for _ in range(_STEPS):
+        p = a * one + b * g + c * (g @ g)
+        product, g = product @ p, p @ g @ p
+    return x_RC @ product
 
 
 def _stack(leaf: jax.Array) -> jax.Array:
