@@ -43,7 +43,7 @@ def test_every_way_of_convolving_gives_the_same(kernel, time_stride):
 
 
 def test_the_way_is_picked_by_platform_and_shapes():
-    video, small, cube = (1, 9, 64, 64), (2, 3, 8, 8), (3, 3, 3)
+    video, small, cube = (1, 9, 128, 128), (2, 3, 8, 8), (3, 3, 3)
     assert fastest("cpu", (*video, 96), (*cube, 96, 8)) == "taps"
     assert fastest("cpu", (*video, 3), (*cube, 3, 8)) == "channels"
     assert fastest("cpu", (*small, 96), (*cube, 96, 8)) == "im2col"
