@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -47,6 +48,13 @@ def in_this_process(*arguments) -> Ended:
     from vidsim.cli import main
 
     arguments = [str(argument) for argument in arguments]
+    # A `vidsim` knows nothing of the flags of benchmarks that this process has imported.
+    known = flags.FLAGS.flags_by_module_dict()
+    benchmarks = {
+        module: [*known[module]] for module in known if module.partition(".")[0] == "benchmarks"
+    }
+    for flag in itertools.chain(*benchmarks.values()):
+        delattr(flags.FLAGS, flag.name)
     before, argv = set(flags.FLAGS), sys.argv
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -60,6 +68,10 @@ def in_this_process(*arguments) -> Ended:
             module = flags.FLAGS.find_module_defining_flag(name, "")
             if module.startswith("vidsim.") or name.startswith("config."):
                 delattr(flags.FLAGS, name)
+        for module, defined in benchmarks.items():
+            for flag in defined:
+                flags.FLAGS[flag.name] = flag
+                flags.FLAGS.register_flag_by_module(module, flag)
         flags.FLAGS.unparse_flags()
     return Ended(code, out.getvalue(), err.getvalue())
 

@@ -106,6 +106,7 @@ IMAGES_FIRST = {
     "image_share": 1.0,
     "lengths": (64,),
     "rows": 8,
+    "max_segments": 8,
 }
 
 

@@ -54,7 +54,9 @@ def test_clips_too_large_for_the_rows_are_told_before_anything_is_trained(
     section["data"]["input"] = str(tmp_path / "films")
     section["latents"]["area"] = 0
     monkeypatch.setitem(walk.STAGES, "vae", lambda run: pytest.fail("trained"))
-    with pytest.raises(InputError, match=r"film.*at 320x256 .* tokens or more.*latents\.area=0"):
+    with pytest.raises(
+        InputError, match=r"film.* has 320 tokens and its caption 1, .*latents\.area=0"
+    ):
         walk.run_all(Run(section, tmp_path / "run"))
 
 

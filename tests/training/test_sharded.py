@@ -91,10 +91,11 @@ def test_sharded_equals_single_device(tiny, config, new_process, model, experime
         mesh = found["meshes"][name]
         assert mesh["parts"] == [parts] * 3, "parameters, average and moments are split"
         # Devices sum gradients in another order than one does: 1e-7 of each in float32. Muon and
-        # Adam divide by the gradient's size, so where its sum nearly cancels more may differ: the
-        # mean over all parameters is what is bounded.
+        # Adam divide by the gradient's size, so where its sum nearly cancels more may differ; and
+        # of the squares that Muon takes of a long matrix, rounding leaves singular values that are
+        # 3e-4 of the largest, the root of 1e-7. The mean over all parameters is what is bounded.
         assert mesh["losses"] == pytest.approx(found["losses"], rel=1e-6)
-        assert max(mesh["params"], mesh["ema"]) < 2e-5 * found["moved"]
+        assert max(mesh["params"], mesh["ema"]) < 3e-4 * found["moved"]
         # The discriminators have 2000 parameters here, so the few whose gradient nearly cancels
         # weigh more in their mean. Wrong gradients would differ by about as much as they moved.
         assert mesh["judges"] <= 1e-3 * found["judges_moved"]
