@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     model.channels = (8,) * (len(model.channels) - 1) + (16,)
     model.encoder_blocks = (0,) * (len(model.channels) - 1) + (1,)
     model.decoder_blocks = model.encoder_blocks
-    config.vae.buckets.update(sizes=SIZES, step_pixels=40 * 48 * 32, batch_multiple=8)
+    config.vae.buckets.update(
+        sizes=SIZES, frames=(1, 5), step_pixels=40 * 48 * 32, batch_multiple=8
+    )
     config.latents.update(max_frames=13, batch_pixels=40_000, piece_megabytes=0.01)
 
     config.dit.model.update(width=32, depth=2, heads=2, mlp_hidden=64, unroll=1)
