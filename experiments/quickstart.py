@@ -6,10 +6,9 @@ them, samples every mode and writes report.html.
 
     vidsim run --config=experiments/quickstart.py --workdir=runs/quickstart
 
-Two CPU cores with AVX-512: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 5
-and the transformer (4M) 8; with AVX2 alone 7 and 15. Expect 36 dB over
-the frame, 25 dB in the boxes of the balls, and a velocity error of extended
-clips of about half of a frozen ball's.
+Two CPU cores with AVX-512: 13 to 15 minutes, of which the autoencoder (1.5M parameters) takes 4
+and the transformer (4M) 9; with AVX2 alone 7 and 15. Expect 36 dB over the frame, 25 dB in the
+boxes of the balls, and a velocity error of extended clips of about half of a frozen ball's.
 
 What each term for latents that diffuse well does, alone: PSNR of held-out clips after 600 steps of
 the autoencoder on the world (240 on ten real clips, at 128x96), then errors of x0 at t = 0.5, 0.8

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import io
 import itertools
@@ -110,11 +111,19 @@ class Tiny:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Tiny:
-    workdir = tmp_path_factory.mktemp("tiny") / "run"
-    run = ("run", f"--config={CONFIG}", f"--workdir={workdir}")
-    ended = python("-m", "vidsim.cli.main", *run)
-    assert ended.code == 0, ended.stderr
-    return Tiny(workdir, ended)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # of all workers: the first to come runs it for the others
+    workdir, summary = folder / "tiny", folder / "tiny.json"
+    with open(folder / "tiny.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not summary.exists():
+            shutil.rmtree(workdir, ignore_errors=True)  # what a worker left whose run failed
+            run = ("run", f"--config={CONFIG}", f"--workdir={workdir}")
+            ended = python("-m", "vidsim.cli.main", *run)
+            assert ended.code == 0, ended.stderr
+            summary.write_text(json.dumps(dataclasses.asdict(ended)))
+    return Tiny(workdir, Ended(**json.loads(summary.read_text())))
 
 
 @pytest.fixture(scope="session")

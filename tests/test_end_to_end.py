@@ -21,10 +21,12 @@ STEPS = 6
 
 
 def times_of_change(folder: pathlib.Path) -> dict[str, int]:
+    """Of all files but compiled programs, which copies of the run share and add to."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return {
-        str(path.relative_to(folder)): path.stat().st_mtime_ns
-        for path in folder.rglob("*")
-        if path.is_file() and path.name != ".lock"
+        str(path): (folder / path).stat().st_mtime_ns
+        for path in paths
+        if path.parts[0] not in (".lock", "compiled")
     }
 
 

@@ -243,10 +243,11 @@ def test_a_data_set_joins_a_run_with_restart_epoch_alone(tiny, tmp_path):
     assert complete == ["worlds", "tokenizer", "vae"], "there is no stage finish"
 
 
-def test_another_config_in_the_same_folder_is_refused(tiny, config, vidsim):
-    train = ("train", f"--config={config}", f"--workdir={tiny.workdir}", "--model=dit")
+def test_another_config_in_the_same_folder_is_refused(tiny, config, vidsim, tmp_path):
+    workdir = tiny.copy(tmp_path / "run", "config.json", "dit")
+    train = ("train", f"--config={config}", f"--workdir={workdir}", "--model=dit")
     ended = vidsim(*train, "--config.dit.optimizer.learning_rate=0.5")
     assert ended.code == 2
-    old = files.read_json(tiny.workdir / "config.json")["dit"]["optimizer"]["learning_rate"]
+    old = files.read_json(workdir / "config.json")["dit"]["optimizer"]["learning_rate"]
     assert f"dit.optimizer.learning_rate: {old} -> 0.5" in ended.stderr
     assert "new --workdir" in ended.stderr
