@@ -244,7 +244,8 @@ def test_a_data_set_joins_a_run_with_restart_epoch_alone(tiny, tmp_path):
 
 
 def test_another_config_in_the_same_folder_is_refused(tiny, config, vidsim, tmp_path):
-    workdir = tiny.copy(tmp_path / "run", "config.json", "dit")
+    parts = ("config.json", "stages.json", "world", "shards", "tokenizer.model", "vae", "latents")
+    workdir = tiny.copy(tmp_path / "run", *parts, "dit")
     train = ("train", f"--config={config}", f"--workdir={workdir}", "--model=dit")
     ended = vidsim(*train, "--config.dit.optimizer.learning_rate=0.5")
     assert ended.code == 2
