@@ -239,7 +239,7 @@ def test_sliding_tiles_equal_a_dense_mask_by_the_tiles_of_tokens(kernel):
     patches = np.prod(config.grid)
     length = patches + text + padding
     places = np.stack(np.indices(config.grid), -1).reshape(-1, 3) // np.array(tile)
-    places = places[config.order(text)[:patches] - text]
+    places = places[config.order(length)[:patches]]
     first = np.clip(places - np.array(config.window) // 2, 0, np.array([3, 2, 3]) - config.window)
     near = (places >= first[:, None]) & (places < first[:, None] + config.window)
     seen = np.ones((length, length), bool)

@@ -9,7 +9,7 @@ import pytest
 CODE = """
     import json
     import jax, jax.numpy as jnp, numpy as np
-    from vidsim.attention import segments
+    from vidsim.attention import segments, tiles
     from vidsim.errors import InputError
     from vidsim.parallel import mesh as meshes, sharding
 
@@ -43,6 +43,18 @@ CODE = """
             both(q, k, v)
         except InputError as error:
             found["error"] = str(error)
+
+    near = tiles.Config(grid=(3, 2, 4), tile=(1, 2, 4), window=(2, 1, 1))
+    slide = jax.jit(lambda q, k, v: segments.attend(q, k, v, ids, near))
+    alone = slide(q, k, v)
+    found["of all tiles"] = float(np.abs(alone - attend(q, k, v)).max())
+    with sharding.using(meshes.make(meshes.Config(sequence=4)), sharding.ShardingRules()):
+        found["tiles"] = float(np.abs(slide(q, k, v) - alone).max())
+    with sharding.using(meshes.make(meshes.Config(ring=4)), sharding.ShardingRules()):
+        try:
+            slide(q, k, v)
+        except InputError as error:
+            found["tiles on a ring"] = str(error)
     print(json.dumps(found))
 """
 
@@ -64,6 +76,11 @@ def test_split_rows_equal_whole_ones(found, mesh):
 def test_a_ring_keeps_no_keys_but_its_own_for_the_backward_pass(found, mesh):
     # q, k, v and o, with ids and log sum exp: as much on a ring of eight as on one of four.
     assert 4 <= found[mesh]["kept"] < 4.5
+
+
+def test_sliding_tiles_are_the_same_where_rows_are_split(found):
+    assert found["of all tiles"] > 0.1 and found["tiles"] < 5e-6
+    assert "mesh.ring = 4 splits them; use mesh.ring = 1, and" in found["tiles on a ring"]
 
 
 def test_heads_that_do_not_divide_are_named_with_the_remedy(found):

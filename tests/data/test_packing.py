@@ -422,6 +422,14 @@ def test_no_token_belongs_to_two_segments_and_every_one_is_laid_out(rows):
         assert not pack["patches_BLP"][b, padding].any()
 
 
+def test_text_stands_behind_the_places_of_a_video_that_is_shorter():
+    segment = make_segment(3, 8, 0)
+    pack = packing.lay_out([[segment]], length=20, max_segments=1, patch_values=2, places=12)
+    np.testing.assert_array_equal(pack["patches_BLP"][0, :8], segment.patches_LP)
+    assert pack["segment_ids_BL"][0].tolist() == [1] * 8 + [0] * 4 + [1] * 3 + [0] * 5
+    assert pack["is_text_BL"][0].nonzero()[0].tolist() == [12, 13, 14]
+
+
 def test_a_pack_has_one_static_shape_whatever_it_holds():
     shapes = {"patches_BLP": (2, 32, 2), "positions_BL3": (2, 32, 3), "sizes_BM3": (2, 3, 3)}
     lay_out = functools.partial(packing.lay_out, length=32, max_segments=3, patch_values=2)

@@ -244,6 +244,77 @@ def test_text_comes_in_alike_and_learns_alike_from_any_number_of_features():
         dataclasses.replace(TEXT, base_features=-1)
 
 
+GRID, TILE = (4, 2, 2), (2, 2, 2)  # two tiles, one behind the other in time
+
+
+def tiled(window: int, depth: int = 2):
+    """The network where a tile sees `window` tiles of its video, jitted; no layers of text."""
+    tiles = {"grid": GRID, "tile": TILE, "window": (window, 1, 1)}
+    config = dataclasses.replace(CONFIG, tiles=tiles, depth=depth)
+    return jax.jit(model(config, dataclasses.replace(TEXT, depth=0)), compiler_options=QUICK)
+
+
+def video_row(frames: int, seed: int = 0):
+    """A row of one video of up to four latents, frame by frame, and its text behind the grid."""
+    rng = np.random.default_rng(seed)
+    end, length = 4 * frames, 16 + TEXT.max_tokens
+    ids, is_text = np.zeros((1, length), np.int32), np.zeros((1, length), bool)
+    ids[0, :end], ids[0, 16:19], is_text[0, 16:19] = 1, 1, True
+    patches = np.where((ids > 0) & ~is_text, 1.0, 0.0)[..., None] * rng.normal(size=(1, length, P))
+    tokens = dit.Tokens(
+        ids,
+        rng.uniform(-3, 3, (1, length, 3)).astype(np.float32),
+        is_text,
+        np.where(is_text, 0, 1).astype(np.int32),
+    )
+    words = np.where(is_text, 5, 0).astype(np.int32)
+    return patches.astype(np.float32), words, TIMES[None, :1], tokens
+
+
+@pytest.fixture(scope="module")
+def without_text_layers(params):
+    text = {name: leaf for name, leaf in params["text"].items() if name != "blocks"}
+    return {**params, "text": text}
+
+
+@pytest.mark.parametrize("frames", [4, 3])
+def test_tiles_that_see_all_tiles_are_full_attention(without_text_layers, frames):
+    full = jax.jit(model(CONFIG, dataclasses.replace(TEXT, depth=0)), compiler_options=QUICK)
+    row = video_row(frames)
+    found, expected = tiled(2)(without_text_layers, row), full(without_text_layers, row)
+    seen = row[3].segment_ids_BL > 0
+    np.testing.assert_allclose(found[seen], expected[seen], **ORDER_OF_SUMS)
+
+
+def test_a_tile_sees_no_tile_outside_of_its_window_and_all_of_the_text(without_text_layers):
+    """In one layer; a second would hear of all tiles through the text."""
+    layer = jax.tree.map(lambda leaf: leaf[:1], without_text_layers["blocks"])
+    weights = {**without_text_layers, "blocks": layer}
+    run, row = tiled(1, depth=1), video_row(4)
+    before = np.asarray(run(weights, row))[0]
+
+    def moved(number: int, *, at: int):
+        changed = [np.array(part) for part in row[:3]]
+        changed[number][0, at] += 1
+        after = np.asarray(run(weights, (*changed, row[3])))[0]
+        return np.abs(after - before).max(-1) > 1e-4
+
+    first, second, text = slice(0, 8), slice(8, 16), slice(16, 19)
+    by_patch, by_word = moved(0, at=3), moved(1, at=17)  # of the first tile's second row of frames
+    assert by_patch[first].all() and by_patch[text].all() and not by_patch[second].any()
+    assert by_word[:19].all()
+
+
+def test_rows_of_another_length_are_seen_whole(params):
+    config = dataclasses.replace(CONFIG, tiles={"grid": GRID, "tile": TILE, "window": (1, 1, 1)})
+    row, _ = row_of(*SAMPLES)
+    run = jax.jit(model(config), compiler_options=QUICK)
+    np.testing.assert_array_equal(run(params, row), forward(params, row))
+    assert dit.seen(config, TEXT, 16) == 1.0
+    # Tiles see their 8 tokens and the 4 of text, text sees all 20.
+    assert dit.seen(config, TEXT, 20) == (16 * 12 + 4 * 20) / 400
+
+
 def test_the_time_index_selects_the_time(params):
     one = dataclasses.replace(SAMPLES[0], time_index=np.array([0, 0, 1, 2, 1, 0]))
     same = dataclasses.replace(
@@ -280,6 +351,11 @@ def test_outputs_and_weights_are_float32_where_activations_are_bfloat16():
         ({"remat": {"save": ("q",)}}, "remat: 'q' is none of the tensors layer_input, qkv"),
         ({"remat": {"save": ("qkv",), "offload": ("qkv",)}}, "name a tensor twice"),
         ({"remat": {"keep": ("qkv",)}}, r"unknown config key remat.keep"),
+        ({"tiles": {"grid": (4, 2, 2)}}, r"config key dit.model.tiles.tile is missing"),
+        (
+            {"tiles": {"grid": (4, 2, 2), "tile": (3, 1, 1), "window": (1, 1, 1)}},
+            r"tile=\(3, 1, 1\) does not divide the grid",
+        ),
     ],
 )
 def test_a_config_that_cannot_be_is_an_error(change, message):

@@ -8,6 +8,8 @@ import pytest
 from vidsim.errors import InputError
 from vidsim.stages.run import Run
 
+TILES = {"grid": (2, 4, 6), "tile": (1, 4, 6), "window": (1, 1, 1)}
+
 
 @pytest.fixture(scope="module")
 def section(config):
@@ -31,6 +33,18 @@ def section(config):
         ({"evaluation.times": (0.5, 0.0)}, r"evaluation\.times=\(0\.5, 0\.0\)"),
         ({"evaluation.physics_frames": 5}, r"physics_frames=5 leave nothing .*given_frames=5"),
         ({"dit.text.depth": 1, "dit.text.heads": 3}, r"features=16 over heads=3 .*dit\.text\.dep"),
+        (
+            {"dit.model.tiles": {"grid": (2, 3, 4), "tile": (1, 3, 4), "window": (1, 1, 1)}},
+            r"dit\.text\.max_tokens=24 is over the 12 tokens of a latent in the grid \(2, 3, 4\)",
+        ),
+        (
+            {"dit.model.tiles": TILES},
+            r"48 \+ 24 tokens; give a phase lengths=\(72,\) and max_segments=1, or leave out",
+        ),
+        (
+            {"dit.model.tiles": TILES, "dit.pack.lengths": (72,)},
+            r"48 \+ 24 tokens; give a phase lengths=\(72,\) and max_segments=1, or leave out",
+        ),
         ({"data.validation_share": 1.0}, r"data\.validation_share=1\.0 is not from 0 to under 1"),
         ({"data.validation_share": -0.1}, r"data\.validation_share=-0\.1"),
     ],

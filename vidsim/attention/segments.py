@@ -11,6 +11,8 @@ import functools
 import jax
 
 from vidsim.attention import cpu, gpu, sequence, tpu
+from vidsim.attention import tiles as sliding
+from vidsim.errors import InputError
 from vidsim.parallel import sharding
 
 # By platform. A kernel is a function of one device's q, k, v and of the ids of queries and keys:
@@ -22,22 +24,34 @@ AXES = ("batch", "length", "heads", None)
 
 
 def attend(
-    q_BLNK: jax.Array, k_BLNK: jax.Array, v_BLNK: jax.Array, segment_ids_BL: jax.Array
+    q_BLNK: jax.Array,
+    k_BLNK: jax.Array,
+    v_BLNK: jax.Array,
+    segment_ids_BL: jax.Array,
+    tiles: sliding.Config | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v within each segment; softmax in float32. [B, L, N, K]
 
+    With `tiles` rows are videos whose tokens stand tile by tile, and see those of near tiles alone.
     On a mesh in use each device computes its rows and heads, and rows are split as
     `attention/sequence.py` says.
 
     Raises:
-        InputError: the mesh does not divide rows, tokens or heads.
+        InputError: the mesh does not divide rows, tokens or heads; it splits the keys of tiles.
     """
     placement = sharding.current()
+    platform = jax.default_backend()
+    if placement is not None:
+        platform = placement.mesh.devices.flat[0].platform
+    kernel = functools.partial(KERNELS[platform], tiles=tiles)
     if placement is None:
-        kernel = KERNELS[jax.default_backend()]
         return kernel(q_BLNK, k_BLNK, v_BLNK, segment_ids_BL, segment_ids_BL)[0]
     mesh, rules, local = placement
-    kernel = KERNELS[mesh.devices.flat[0].platform]
+    if tiles is not None and "ring" in placement.split("length"):
+        raise InputError(
+            "dit.model.tiles needs all keys of a row on one device, and mesh.ring = "
+            f"{mesh.shape['ring']} splits them; use mesh.ring = 1, and mesh.sequence instead"
+        )
     program = functools.partial(sequence.attend, kernel, placement.split("length"))
     if not local:
         spec = rules.sharding(mesh, AXES, q_BLNK.shape).spec

@@ -1,6 +1,7 @@
 """Sliding tiles: local attention for videos too long for full attention (STA, arXiv:2502.04507).
 
-A tile is a box of a video's tokens. Tokens stand tile by tile, and text behind them; every tile
+A tile is a box of a video's tokens. Tokens stand tile by tile, and text behind them; a video that
+is shorter than the grid leaves places of padding in its last tiles. Every tile
 sees the window of tiles around it, moved inwards at the borders so that all see as many, and the
 text; text sees everything. What is seen is thus whole blocks of scores, and a kernel that skips the
 others does no more than that.
@@ -45,13 +46,23 @@ class Config:
     def tile_tokens(self) -> int:
         return math.prod(self.tile)
 
-    def order(self, text: int) -> np.ndarray:
-        """Where the tokens of a row, tiles and then text, stood in [text, frame by frame]."""
+    @property
+    def tokens(self) -> int:
+        """Of the video."""
+        return math.prod(self.grid)
+
+    def share(self, length: int) -> float:
+        """Of the pairs of tokens of a row of `length`, those that see each other."""
+        near, text = math.prod(self.window) * self.tile_tokens, length - self.tokens
+        return (self.tokens * (near + 2 * text) + text**2) / length**2
+
+    def order(self, length: int) -> np.ndarray:
+        """Where the tokens of a row, tiles and then text, stood when the video was by frames."""
         frames, rows, columns = self.tiles
         a, b, c = self.tile
-        video = np.arange(math.prod(self.grid)).reshape(frames, a, rows, b, columns, c)
-        video = text + video.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
-        return np.concatenate([video, np.arange(text)])
+        video = np.arange(self.tokens).reshape(frames, a, rows, b, columns, c)
+        video = video.transpose(0, 2, 4, 1, 3, 5).reshape(-1)
+        return np.concatenate([video, np.arange(self.tokens, length)])
 
     def seen(self, length: int, q_block: int, k_block: int) -> np.ndarray:
         """bool [i, j]: which blocks of a row of `length` tokens see which.
@@ -71,6 +82,6 @@ class Config:
         near = (first[:, None] <= places) & (places < (first + window)[:, None])
         near = near.all(-1).repeat(self.tile_tokens // q_block, 0)
         near = near.repeat(self.tile_tokens // k_block, 1)
-        text = length - math.prod(self.grid)
+        text = length - self.tokens
         behind = [(0, -(-text // block)) for block in (q_block, k_block)]
         return np.pad(near, behind, constant_values=True)

@@ -390,18 +390,28 @@ def shapes(
 
 
 def lay_out(
-    rows: list[list[Segment]], *, length: int, max_segments: int, patch_values: int
+    rows: list[list[Segment]],
+    *,
+    length: int,
+    max_segments: int,
+    patch_values: int,
+    places: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Rows of segments as a pack of rows of `length`."""
+    """Rows of segments, of each its patches and then its text, as a pack of rows of `length`.
+
+    A segment of fewer patches than `places` has padding between them and its text.
+    """
     wanted = shapes(len(rows), length=length, max_segments=max_segments, patch_values=patch_values)
     pack = {name: np.zeros(shape, dtype) for name, (shape, dtype) in wanted.items()}
     pack["sizes_BM3"][:] = 1
     for b, segments in enumerate(rows):
         at = 0
         for m, segment in enumerate(segments):
-            text = slice(at, at + len(segment.text_ids))
-            patches = slice(text.stop, text.stop + len(segment.patches_LP))
-            pack["segment_ids_BL"][b, text.start : patches.stop] = m + 1
+            patches = slice(at, at + len(segment.patches_LP))
+            start = max(patches.stop, at + places)
+            text = slice(start, start + len(segment.text_ids))
+            for part in (patches, text):
+                pack["segment_ids_BL"][b, part] = m + 1
             pack["sizes_BM3"][b, m] = segment.size
             pack["text_ids_BL"][b, text] = segment.text_ids
             pack["is_text_BL"][b, text] = True
@@ -410,5 +420,5 @@ def lay_out(
             pack["positions_BL3"][b, patches] = segment.positions_L3
             pack["given_BL"][b, patches] = segment.given_L
             pack["time_index_BL"][b, patches] = segment.time_index_L
-            at = patches.stop
+            at = text.stop
     return pack

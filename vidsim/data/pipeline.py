@@ -99,6 +99,7 @@ class LoadPack:
     rows: tuple[slice, int]  # of a pack in so many equal parts, those that this host loads
     seed: int
     caption_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by origin
+    places: int = 0  # of the patches of a segment, if it has fewer
 
     def __call__(self, planned: packing.Step) -> dict[str, np.ndarray]:
         own, parts = self.rows
@@ -109,6 +110,7 @@ class LoadPack:
             length=planned.length,
             max_segments=self.pack.max_segments,
             patch_values=self.patch**2 * self.latents.index[0]["channels"],
+            places=self.places,
         )
 
     def segment(self, piece: packing.Piece) -> packing.Segment:
@@ -152,6 +154,18 @@ def token_counts(
     ]
     each = (grids[:, 1] // patch) * (grids[:, 2] // patch)
     return Samples(grids[:, 0], each, np.array(texts, int))
+
+
+def check_sides(index: Sequence[dict], patch: int, sides: tuple[int, int]) -> None:
+    """Raises InputError where a latent of a clip has not as many rows and columns of tokens."""
+    for row in index:
+        height, width = (latents // patch for latents in row["grid"][1:])
+        if (height, width) != sides:
+            raise InputError(
+                f"{row['id']} has {height}x{width} tokens a latent, but the grid of "
+                f"dit.model.tiles {sides[0]}x{sides[1]}; give clips of one size alone, another "
+                "grid, or no tiles"
+            )
 
 
 def packs(

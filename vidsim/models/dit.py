@@ -12,16 +12,19 @@ at most three times, so the modulation is computed for [B, M, 3] and gathered.
 # B batch (rows), L tokens, P patch values, D width, N heads, K head dim, M segments a row, S = 3 M
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from vidsim import config as configs
 from vidsim.attention import segments
+from vidsim.attention import tiles as sliding
 from vidsim.diffusion import flow
 from vidsim.errors import InputError
 from vidsim.layers import quantised
@@ -95,6 +98,8 @@ class Config:
     dtype: str  # of activations; norms, softmax and the loss are float32
     operands: str  # of the blocks' matrix products: int8, float8_e4m3fn; "": as activations
     base_width: int  # the width that learning rates are found at (muP); 0: this one
+    # Rows of one video of this grid and its text see near tiles alone; None: all see everything.
+    tiles: Mapping | sliding.Config | None = None
 
     def __post_init__(self):
         if self.width % self.heads or self.width // self.heads % 2:
@@ -108,6 +113,9 @@ class Config:
             object.__setattr__(self, "remat", configs.build(Remat, self.remat, where="remat"))
         elif not isinstance(self.remat, Remat) and self.remat not in REMAT_POLICIES:
             raise InputError(f"remat={self.remat!r} is none of {sorted(REMAT_POLICIES)}")
+        if isinstance(self.tiles, Mapping):
+            built = configs.build(sliding.Config, self.tiles, where="dit.model.tiles")
+            object.__setattr__(self, "tiles", built)
         quantised.check(self.operands)
         if self.base_width < 0:
             raise InputError(f"base_width={self.base_width} is negative; use a width, or 0")
@@ -116,6 +124,18 @@ class Config:
     def widening(self) -> float:
         """How much wider the network is than the one that learning rates are found at."""
         return self.width / (self.base_width or self.width)
+
+
+def tiles_of(config: Config, text: encoder.Config, length: int) -> sliding.Config | None:
+    """The sliding tiles of rows of `length` tokens: of those alone that are made for them."""
+    tiles = config.tiles
+    return tiles if tiles is not None and length == tiles.tokens + text.max_tokens else None
+
+
+def seen(config: Config, text: encoder.Config, length: int) -> float:
+    """The share of the pairs of tokens of a row's one segment that see each other."""
+    tiles = tiles_of(config, text, length)
+    return 1.0 if tiles is None else tiles.share(length)
 
 
 # Matrices that map all of the width and that AdamW serves: their updates add up over the width.
@@ -175,7 +195,7 @@ class Block(nnx.Module):
         zeros = nnx.initializers.zeros
         self.modulation = parameter(zeros, (MODULATIONS, width), axes=(None, None), rngs=rngs)
 
-    def __call__(self, x_BLD, modulation_BS6D, chosen_BLS, tokens: Tokens):
+    def __call__(self, x_BLD, modulation_BS6D, chosen_BLS, tokens: Tokens, tiles=None):
         """`chosen_BLS` is 1 where a token's segment and time are those of a row of modulation."""
         B, L, D = x_BLD.shape
         modulation_BS6D = modulation_BS6D + self.modulation[...].astype(x_BLD.dtype)
@@ -191,7 +211,7 @@ class Block(nnx.Module):
         rotation = angles(tokens.positions_BL3, D // self.heads)
         q = rotate(rms_normalise(q) * self.query_scale[...].astype(q.dtype), rotation)
         k = rotate(rms_normalise(k) * self.key_scale[...].astype(k.dtype), rotation)
-        attended = segments.attend(q, k, v, tokens.segment_ids_BL)
+        attended = segments.attend(q, k, v, tokens.segment_ids_BL, tiles)
         attended = checkpoint_name(self.out(attended.reshape(B, L, -1)), "attention_out")
         x_BLD = x_BLD + gate_a * attended
         h = rms_normalise(x_BLD) * (1 + scale_m) + shift_m
@@ -233,14 +253,26 @@ class DiT(nnx.Module):
     ) -> jax.Array:
         """What `config.prediction` says, for every token, float32 [B, L, P].
 
-        `times_BM3[:, m]` are the times of segment m + 1.
+        `times_BM3[:, m]` are the times of segment m + 1. A row as long as `config.tiles` and the
+        longest prompt is one video, frame by frame, and its text in the places behind the grid.
         """
         row = ("batch", "length")
         inputs = [patches_BLP, text_ids_BL, times_BM3, tokens]
         axes = [row, row, ("batch",), Tokens(*[row] * len(tokens))]
-        return sharding.spread(DiT._on_a_device, self, inputs, axes, row)
+        length = patches_BLP.shape[1]
+        tiles = tiles_of(self.config, self.text.config, length)
+        if tiles is None:
+            return sharding.spread(DiT._on_a_device, self, inputs, axes, row)
+        # Of what comes in and goes out alone: a few values a token.
+        order = tiles.order(length)
+        inputs = [patches_BLP[:, order], text_ids_BL[:, order], times_BM3]
+        inputs.append(jax.tree.map(lambda of_tokens: of_tokens[:, order], tokens))
+        on_a_device = functools.partial(DiT._on_a_device, tiles=tiles)
+        return sharding.spread(on_a_device, self, inputs, axes, row)[:, np.argsort(order)]
 
-    def _on_a_device(self, patches_BLP, text_ids_BL, times_BM3, tokens: Tokens) -> jax.Array:
+    def _on_a_device(
+        self, patches_BLP, text_ids_BL, times_BM3, tokens: Tokens, tiles=None
+    ) -> jax.Array:
         dtype = jnp.dtype(self.config.dtype)
         B = patches_BLP.shape[0]
         is_text = tokens.is_text_BL[..., None].astype(dtype)
@@ -261,7 +293,7 @@ class DiT(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, modulation, chosen_BLS, tokens), None
+            return nnx.merge(graphdef, layer)(x, modulation, chosen_BLS, tokens, tiles), None
 
         remat = REMAT_POLICIES.get(self.config.remat, self.config.remat)
         if remat is not None:

@@ -82,7 +82,8 @@ def rows_case(run: Run, length: int | None = None, rows: int | None = None) -> C
     batch = packing.shapes(
         rows, length=length, max_segments=run.pack.max_segments, patch_values=values
     )
-    needed = flops.of_packs(run.dit, values).of(rows * length, rows * length**2)
+    pairs = rows * length**2 * dit.seen(run.dit, run.text, length)
+    needed = flops.of_packs(run.dit, values).of(rows * length, pairs)
     text = f"{rows} rows of {length} tokens"
     return Case(training.dit_task(run), batch, needed, text)
 

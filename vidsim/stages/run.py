@@ -12,6 +12,7 @@ import numpy as np
 
 from vidsim import compiling, files
 from vidsim import config as configs
+from vidsim.attention import tiles as sliding
 from vidsim.data import (
     buckets,
     engine,
@@ -179,6 +180,28 @@ class Run:
             )
         if not self.report.prompts:
             raise InputError("report.prompts is empty; give at least one prompt")
+        if self.dit.tiles is not None:
+            self._check_tiles(self.dit.tiles)
+
+    def _check_tiles(self, tiles: sliding.Config) -> None:
+        most, sides = self.text.max_tokens, tiles.grid[1] * tiles.grid[2]
+        if most > sides:
+            raise InputError(
+                f"dit.text.max_tokens={most} is over the {sides} tokens of a latent in the grid "
+                f"{tiles.grid} of dit.model.tiles; use shorter prompts, or a larger grid"
+            )
+        length = tiles.tokens + most
+        packs = [phase.pack for phase in self.phases if length in phase.pack.lengths]
+        if not packs or any(len(pack.lengths) > 1 or pack.max_segments > 1 for pack in packs):
+            raise InputError(
+                f"dit.model.tiles of grid {tiles.grid} are for rows of one video and its prompt, "
+                f"{tiles.tokens} + {most} tokens; give a phase lengths=({length},) and "
+                "max_segments=1, or leave out dit.model.tiles"
+            )
+
+    def tiles_of(self, phase: curriculum.Phase) -> sliding.Config | None:
+        """What the tokens of a phase's rows see; None: all of their segment."""
+        return dit.tiles_of(self.dit, self.text, phase.pack.lengths[-1])
 
     @property
     def rendered(self) -> bool:

@@ -198,7 +198,12 @@ def dit_task(run: Run) -> Task:
         run.times,
         run.losses["dit"],
     )
-    work = functools.partial(throughput.work_of_packs, flops.of_packs(run.dit, values))
+    cost = flops.of_packs(run.dit, values)
+
+    def work(batch):
+        length = batch["segment_ids_BL"].shape[1]
+        return throughput.work_of_packs(cost, batch, dit.seen(run.dit, run.text, length))
+
     return Task(
         name="dit",
         make_model=make_model,
@@ -238,6 +243,9 @@ def dit_training(run: Run) -> Training:
         return pack_plan(run, index, counts[phase.cache], split, mix, phase.pack)
 
     def load(phase, drawn: conditions.Config, dropout: float, rows: tuple[slice, int]):
+        tiles = run.tiles_of(phase)
+        if tiles is not None:
+            pipeline.check_sides(caches[phase.cache].index, run.dit.patch, tiles.grid[1:])
         return pipeline.LoadPack(
             latents=caches[phase.cache],
             tokenizer=words,
@@ -249,6 +257,7 @@ def dit_training(run: Run) -> Training:
             rows=rows,
             seed=run.pipeline.seed,
             caption_weights=run.data.caption_weights,
+            places=0 if tiles is None else tiles.tokens,
         )
 
     parts = run.batch_devices()

@@ -5,8 +5,6 @@ import math
 import os
 import pathlib
 
-import tensorboardX
-
 from vidsim import files
 
 
@@ -18,6 +16,8 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: str | os.PathLike, *, step: int):
+        import tensorboardX  # here: it imports torch where there is one, which takes seconds
+
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"

@@ -47,9 +47,10 @@ def _tokens_and_pairs(segment_ids_BL, sizes_BM3):
     return jnp.sum(sizes_BM), jnp.sum(jnp.square(sizes_BM))
 
 
-def work_of_packs(cost: flops.PackCost, batch: dict) -> dict:
+def work_of_packs(cost: flops.PackCost, batch: dict, seen: float = 1.0) -> dict:
+    """`seen` is the share of a segment's pairs of tokens that see each other."""
     tokens, pairs = _tokens_and_pairs(batch["segment_ids_BL"], batch["sizes_BM3"])
-    return {"flops": cost.of(tokens, pairs), "tokens": tokens}
+    return {"flops": cost.of(tokens, seen * pairs), "tokens": tokens}
 
 
 def work_of_clips(config, batch: dict) -> dict:
