@@ -199,11 +199,10 @@ def training(folder: pathlib.Path) -> dict:
 
     from experiments import quickstart
     from vidsim.parallel import multihost
-    from vidsim.parallel.sharding import ShardingRules
     from vidsim.stages import claims, walk
     from vidsim.stages import run as runs
     from vidsim.stages import training as stages
-    from vidsim.training import optimizer, state, step
+    from vidsim.training import state, step
 
     logging.set_verbosity(logging.WARNING)
     config = quickstart.get_config()
@@ -214,7 +213,7 @@ def training(folder: pathlib.Path) -> dict:
     claims.claim(run)
     for stage in ("worlds", "prepare", "tokenizer", "vae", "encode"):
         walk.do(run, stage)
-    made, optim, rules = stages.dit_training(run), run.optimizers["dit"], ShardingRules()
+    made = stages.dit_training(run)
     cache = latents.Latents(run.path("latents"))
     counts = pipeline.token_counts(cache.index, run.words(), run.dit.patch)
     block_steps = stages.pack_plan(run, cache.index, counts, "train", run.mix, run.pack).block_steps
@@ -227,19 +226,8 @@ def training(folder: pathlib.Path) -> dict:
     packs_a_second = 500 / (time.perf_counter() - begin)
     data.close()
 
-    tx = optimizer.make(optim, run.loops["dit"].steps)
-    of_params = state.shardings_of_params(made.make_model, run.mesh, rules)
-    shardings = state.shardings(made.make_model, tx, optim.ema_names, of_params)
+    tx, rules, shardings, step_fn = stages.program(run, made, run.mesh)
     now = state.create(made.make_model, tx, jax.random.key(0), shardings)
-    step_fn = step.make_step(
-        made.objective,
-        tx,
-        optim,
-        seed=0,
-        mesh=run.mesh,
-        rules=rules,
-        state_shardings=shardings,
-    )
     local = made.batches(0)
     data = (
         multihost.global_batch(run.mesh, step.batch_spec(rules, batch), batch) for batch in local

@@ -199,6 +199,12 @@ def best_rate(losses: dict[float, float]) -> float:
     return math.exp(-b / (2 * a))
 
 
+def spread(best: dict[int, float]) -> float:
+    """The largest best rate over the least; NaN if a sweep holds none."""
+    rates = np.array([*best.values()])
+    return float(rates.max() / rates.min())
+
+
 def sweep(base_width: int) -> dict[int, dict[float, float]]:
     """{width: {rate: mean loss of the last steps}}."""
     found = {}
@@ -231,7 +237,7 @@ def main(out: str = "docs/mup.svg") -> list[dict]:
         name: {width: best_rate(points) for width, points in found.items()}
         for name, found in losses.items()
     }
-    ratio = {name: max(found.values()) / min(found.values()) for name, found in best.items()}
+    ratio = {name: spread(found) for name, found in best.items()}
     slope = {name: slopes(found) for name, found in coordinates.items()}
     steepest = {name: max(map(abs, found.values())) for name, found in slope.items()}
     beside = {"best rates": best, "losses": losses, "drawn to": out}

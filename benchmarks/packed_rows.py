@@ -212,4 +212,4 @@ def main(*, quick: bool = False) -> list[dict]:
 
 
 if __name__ == "__main__":
-    app.run(lambda _: main(quick=QUICK.value))
+    app.run(lambda _: main(quick=QUICK.value) and None)

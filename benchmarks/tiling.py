@@ -27,7 +27,7 @@ def train(workdir: str, steps: int) -> None:
     experiment = [f"--config={CONFIG}", f"--config.vae.loop.steps={steps}"]
     for verb in (
         ["worlds", *experiment, f"--out={workdir}/world"],
-        ["prepare", f"--input={workdir}/world", f"--out={workdir}/shards"],
+        ["prepare", f"--input={workdir}/world", f"--out={workdir}/shards", "--nofilters"],
         ["train", *experiment, "--model=vae", f"--workdir={workdir}"],
     ):
         done = subprocess.run([sys.executable, "-m", "vidsim.cli.main", *verb], stdout=sys.stderr)

@@ -1,5 +1,6 @@
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -65,6 +66,16 @@ def test_every_script_says_what_it_measures_and_has_main():
         assert first_line.endswith("."), f"benchmarks/{name}.py opens with no sentence"
         tree = ast.parse((ROOT / "benchmarks" / f"{name}.py").read_text())
         assert "main" in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_no_script_takes_its_claims_for_an_exit_code():
+    """absl exits with what the function that it runs returns; a list would be a failure."""
+    from benchmarks import __main__ as runner
+
+    for name in runner.scripts():
+        source = (ROOT / "benchmarks" / f"{name}.py").read_text()
+        (call,) = re.findall(r"app\.run\((.*)\)$", source, flags=re.M)
+        assert call == "main" or call.endswith(" and None"), f"benchmarks/{name}.py: {call}"
 
 
 def test_unknown_name_is_bad_usage():

@@ -35,6 +35,8 @@ def test_the_best_rate_is_that_of_a_parabola_and_of_none_at_the_edge():
     losses = {rate: 1 + np.square(np.log2(rate) + 5.3) for rate in rates}
     assert mup.best_rate(losses) == pytest.approx(2**-5.3)
     assert np.isnan(mup.best_rate({rate: rate for rate in rates}))
+    assert mup.spread({128: 2.0, 256: 1.0, 512: 3.0}) == 3.0
+    assert np.isnan(mup.spread({128: 2.0, 256: 1.0, 512: np.nan})), "a claim that cannot hold"
 
 
 def test_slopes_are_powers_of_the_width():

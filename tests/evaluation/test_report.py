@@ -231,6 +231,16 @@ def test_of_an_autoencoder_trained_elsewhere_only_its_weights_are_told(tmp_path)
     assert "No curves yet: vae/metrics.jsonl" in page and "kl_weight 0.25" in page
 
 
+def test_samples_over_training_are_of_one_request(tmp_path):
+    run = make_run(tmp_path / "run")
+    car = run / "samples/step_000400/01.json"
+    before = report.write(run, tmp_path / "before.html").read_text(encoding="utf-8")
+    assert "none at step 400" not in before
+    files.write_json(car, files.read_json(car) | {"seed": 99})  # of a report that was changed
+    page = report.write(run, tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count("none at step 400") == 1
+
+
 def test_unfinished_run_shows_what_exists(tmp_path):
     run = make_run(tmp_path / "run")
     files.write_json(run / "evaluation.json", {"vae": {"psnr_db": 30.0}})

@@ -121,6 +121,22 @@ def test_a_stage_whose_output_is_gone_is_done_again_and_what_shows_it_too(
     assert walked() == []
 
 
+def test_a_stage_that_is_done_again_is_not_complete_until_it_ends(
+    walked, config, tmp_path, monkeypatch
+):
+    run = Run(runpy.run_path(str(config))["get_config"]().to_dict(), tmp_path)
+
+    def measured(run):
+        assert not files.read_json(tmp_path / "stages.json")["evaluate"]["complete"]
+        return {"measured": "again"}
+
+    monkeypatch.setitem(walk.STAGES, "evaluate", measured)
+    monkeypatch.setattr(walk, "NOTE_SECONDS", 3600.0)
+    assert walk.do(run, "evaluate", again=True) == {"measured": "again"}
+    noted = files.read_json(tmp_path / "stages.json")
+    assert noted["evaluate"]["complete"] and not noted["report"]["complete"]
+
+
 def test_a_stage_that_was_skipped_has_left_nothing(config, tmp_path):
     section = runpy.run_path(str(config))["get_config"]().to_dict()
     entry = {"seconds": 0.0, "complete": True, "result": {"skipped": "no vae.finish"}}

@@ -11,8 +11,7 @@ CODE = """
     import jax, numpy as np
     from vidsim.stages import run as runs, training as trainings
     from vidsim.parallel import mesh as meshes, multihost
-    from vidsim.parallel.sharding import ShardingRules
-    from vidsim.training import optimizer, state, step
+    from vidsim.training import state, step
 
     config = json.loads(json.dumps(runpy.run_path(sys.argv[3])["get_config"]().to_dict()))
     run = runs.Run(config, sys.argv[1])
@@ -21,21 +20,10 @@ CODE = """
     first = next(batches)
     same = lambda batch: jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, first)
     batches = [first, next(filter(same, batches))]
-    optim = run.optimizers[training.name]
-    rules = ShardingRules()
-
     def train(mesh):
-        of_params = state.shardings_of_params(training.make_model, mesh, rules)
-        tx = optimizer.make(
-            optim, 6, training.frozen, adam_factor=training.adam_factor, shardings=of_params
-        )
-        shardings = state.shardings(training.make_model, tx, optim.ema_names, of_params)
+        tx, rules, shardings, step_fn = trainings.program(run, training, mesh)
         now = state.create(training.make_model, tx, jax.random.key(0), shardings)
         start = jax.tree.map(np.array, now.params)
-        step_fn = step.make_step(
-            training.objective, tx, optim, seed=0, mesh=mesh, rules=rules,
-            state_shardings=shardings, frozen=training.frozen,
-        )
         losses = []
         for batch in batches:
             spec = step.batch_spec(rules, batch)

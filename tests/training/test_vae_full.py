@@ -129,7 +129,7 @@ def test_without_its_section_the_stage_is_skipped(tiny):
     [
         ("finish.loss.kl_wieght = 0.0", "vae.finish.loss.kl_wieght=0.0; did you mean"),
         ("del finish.loop", "config key vae.finish.loop is missing"),
-        ("finish.loop.steps = 0", "finish.loop.steps=0 is under 1"),
+        ("finish.loop.steps = 0", "error: vae.finish.loop.steps=0 is under 1"),
         (
             "loss.update(perceptual_weight=1.0, perceptual_network='/nowhere/lpips.safetensors')",
             "perceptual_network='/nowhere/lpips.safetensors' is no file; give a safetensors",

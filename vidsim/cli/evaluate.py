@@ -1,7 +1,7 @@
 """Measures a trained run and writes evaluation.json and report.html."""
 
 from vidsim.cli import experiment
-from vidsim.stages import showing
+from vidsim.stages import walk
 
 
 def define_flags() -> None:
@@ -10,4 +10,4 @@ def define_flags() -> None:
 
 def main() -> dict:
     run = experiment.open_run("evaluate")
-    return {**showing.evaluate(run), **showing.write_report(run)}
+    return walk.do(run, "evaluate", again=True) | walk.do(run, "report", again=True)

@@ -94,14 +94,17 @@ def _over_training(run: pathlib.Path) -> str:
     size = min(_CELL, max(128, 1120 // len(steps) - 12))
     rows = []
     for name in sorted({name for paths in table.values() for name in paths}):
-        facts = next(_sidecar(paths[name]) for paths in table.values() if name in paths)
+        facts = {step: _sidecar(paths[name]) for step, paths in table.items() if name in paths}
+        newest = list(facts.values())[-1]
+        # A request that was changed while the training was stopped is another sample.
+        same = {step for step in facts if {**facts[step], "step": 0} == {**newest, "step": 0}}
         cells = "".join(
             markup.clip(paths[name], f"step {step:,}", size)
-            if name in paths
+            if step in same
             else f'<figure><p class="missing">none at step {step:,}</p></figure>'
             for step, paths in table.items()
         )
-        rows.append(markup.row(markup.prompt(facts), cells, f"--cell: {size}px"))
+        rows.append(markup.row(markup.prompt(newest), cells, f"--cell: {size}px"))
     note = "<p>The same prompts and seeds after more and more training steps, left to right.</p>"
     return f'{note}<div class="scroll">{"".join(rows)}</div>'
 

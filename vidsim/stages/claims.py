@@ -58,7 +58,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
 RESTARTED = ("prepare", *LEARNING)
 OUTPUTS = {
     "worlds": ("world",),
-    "prepare": ("shards",),
+    "prepare": ("shards", "tfds"),
     "tokenizer": ("tokenizer.model",),
     "vae": ("vae",),
     "finish": ("finish",),

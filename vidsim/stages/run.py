@@ -41,6 +41,8 @@ from vidsim.text import encoder, tokenizer
 from vidsim.training import checkpoint, loop, objectives, optimizer, state, vae_losses
 from vidsim.worlds import physics as world
 
+SECTIONS = {"finish": "vae.finish"}  # where a stage has its loss, optimizer and loop; others: name
+
 
 class Published(Protocol):
     """An autoencoder that was trained elsewhere; `load` gives its weights when they are needed."""
@@ -116,7 +118,7 @@ class Run:
                 ("optimizer", optimizer.Config, self.optimizers),
                 ("loop", loop.Config, self.loops),
             ):
-                where = f"vae.finish.{part}" if changed else f"{name}.{part}"
+                where = f"{SECTIONS.get(name, name)}.{part}"
                 found[name] = build(cls, {**section[part], **changed.get(part, {})}, where=where)
         self.phases = curriculum.phases(
             config["dit"]["earlier"],
@@ -169,8 +171,8 @@ class Run:
             for field in dataclasses.fields(settings):
                 if getattr(settings, field.name) < 1:
                     raise InputError(
-                        f"{name}.loop.{field.name}={getattr(settings, field.name)} is under 1; "
-                        "give a number of steps"
+                        f"{SECTIONS.get(name, name)}.loop.{field.name}="
+                        f"{getattr(settings, field.name)} is under 1; give a number of steps"
                     )
         clips, given = self.evaluation.physics_clips, self.sample.given_frames
         if self.rendered and clips and self.evaluation.physics_frames <= given:

@@ -98,16 +98,17 @@ def check(run: Run, name: str) -> None:
         open_it(run)
 
 
-def do(run: Run, name: str) -> dict:
+def do(run: Run, name: str, *, again: bool = False) -> dict:
     """Runs one stage, unless it is complete, and notes its result and the time it took.
 
-    What is quick and comes after it is done again, if it was done before.
+    `again` runs it in any case. What is quick and comes after it is done again, if it was done
+    before.
     """
     path = run.path("stages.json")
     # Asked once: a slower process would see what a faster one has left.
     noted = multihost.run_once(lambda: _noted(run), f"{name} noted")
     entry = noted.get(name, {"seconds": 0.0})
-    if entry.get(DONE):
+    if entry.get(DONE) and not again:
         return entry["result"]
     after = list(STAGES)[list(STAGES).index(name) + 1 :]
     for later in noted.keys() & set(claims.SHOWING) & set(after):
@@ -120,6 +121,7 @@ def do(run: Run, name: str) -> dict:
         if multihost.is_main():
             files.write_json(path, {**noted, name: now})
 
+    note()  # from now on it is not complete, whatever ends this process
     result = None
     try:
         with _now_and_then(note):

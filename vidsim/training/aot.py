@@ -30,7 +30,6 @@ from vidsim.parallel import chips
 from vidsim.training import hlo
 
 REMEDY = "pip install 'vidsim[tpu]', on any x86-64 Linux; no TPU is needed"
-GIB = chips.GIB
 
 
 def devices_of(topology: str) -> list[jax.Device]:

@@ -131,7 +131,7 @@ def run(
             raise InputError(
                 f"{name}: the last {in_a_row} steps to step {step} gave a loss or gradient that is "
                 "not finite; its checkpoints are kept; use a new --workdir with a lower "
-                f"{name}.optimizer.learning_rate, or other data"
+                "learning_rate in its optimizer, or other data"
             )
 
     stream = None
