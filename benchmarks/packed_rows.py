@@ -134,7 +134,7 @@ def by_time(lengths, prompts, shape: dict, text_shape: dict, dtype: str) -> dict
 
     calls = {"row": row_gradient(lengths, prompts, shape, text_shape, dtype)}
     calls["row"]()
-    with mock.patch.object(segments, "attend", lambda q, k, v, ids: q + k + v):
+    with mock.patch.object(segments, "attend", lambda q, k, v, *_: q + k + v):
         calls["without attention"] = row_gradient(lengths, prompts, shape, text_shape, dtype)
         calls["without attention"]()
     alone = [("segment", length, shape) for length in lengths]

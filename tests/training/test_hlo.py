@@ -162,6 +162,7 @@ def test_a_program_of_a_tpu_is_read():
         ("replica_groups=[2,4]<=[8], dimensions={0}", (0, 1, 2, 3)),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
         ("replica_groups=mesh['x'=2,'y'=2,'z'=2] {'x','z'}", (0, 1, 4, 5)),
+        ("replica_groups=mesh['x'=2,'y'=4], device_ids=([4,2]T(1,0)) {'x'}", (0, 1)),
     ],
 )
 def test_groups_of_devices_are_read_in_every_form(written, group):

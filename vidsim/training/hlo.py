@@ -306,23 +306,29 @@ class _Reader:
 def first_group(attributes: str) -> tuple[int, ...]:
     """The devices of the first of `replica_groups`, which are written in one of three ways.
 
-    {{0,1},{2,3}}     [2,2]<=[2,2]T(1,0)     mesh['a'=2,'b'=2] {'b'}
+    {{0,1},{2,3}}     [2,2]<=[2,2]T(1,0)     mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}
     """
     text = attributes[attributes.index("replica_groups=") + len("replica_groups=") :]
     if listed := re.match(r"\{\{([\d,]+)\}", text):
         return tuple(map(int, listed[1].split(",")))
     if iota := re.match(r"\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        dims = [int(size) for size in iota[3].split(",")]
-        order = [int(axis) for axis in iota[4].split(",")] if iota[4] else range(len(dims))
-        devices = np.arange(math.prod(dims)).reshape(dims).transpose(order)
-        return tuple(devices.reshape(int(iota[1]), int(iota[2]))[0].tolist())
-    if over := re.match(r"mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
+        return tuple(_iota(iota[3], iota[4])[: int(iota[2])].tolist())
+    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if over := re.match(r"mesh\[([^\]]*)\]" + ids + r"\s*\{([^}]*)\}", text):
         axes = {name: int(size) for name, size in re.findall(r"'([\w]+)'=(\d+)", over[1])}
-        chosen = re.findall(r"'([\w]+)'", over[2])
-        devices = np.arange(math.prod(axes.values())).reshape(tuple(axes.values()))
+        chosen = re.findall(r"'([\w]+)'", over[4])
+        count = math.prod(axes.values())
+        devices = _iota(over[2] or str(count), over[3]).reshape(tuple(axes.values()))
         first = devices[tuple(slice(None) if name in chosen else 0 for name in axes)]
         return tuple(first.reshape(-1).tolist())
     raise ValueError(f"replica groups of an unknown form: {text[:80]}")
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """0, 1, ... as an array of `dims` whose axes are put in another order, flat."""
+    sizes = [int(size) for size in dims.split(",")]
+    axes = [int(axis) for axis in order.split(",")] if order else None
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
 
 
 def _told(instruction: Instruction) -> dict | None:
