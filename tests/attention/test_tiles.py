@@ -8,10 +8,11 @@ CONFIG = tiles.Config(grid=(4, 6, 8), tile=(2, 3, 4), window=(1, 2, 1))
 
 
 def test_order_puts_boxes_of_the_video_behind_each_other_and_text_last():
-    order = CONFIG.order(text=5)
-    assert sorted(order) == list(range(5 + 4 * 6 * 8))
-    assert list(order[-5:]) == list(range(5))
-    places = np.stack(np.unravel_index(order[:-5] - 5, CONFIG.grid), -1)
+    length = CONFIG.tokens + 5
+    order = CONFIG.order(length)
+    assert sorted(order) == list(range(length))
+    assert list(order[-5:]) == list(range(CONFIG.tokens, length))
+    places = np.stack(np.unravel_index(order[:-5], CONFIG.grid), -1)
     for box in places.reshape(-1, CONFIG.tile_tokens, 3):
         assert tuple(box.max(0) - box.min(0) + 1) == CONFIG.tile
 
