@@ -375,6 +375,12 @@ def test_the_ending_of_another_kind_of_file(vidsim, tiny, tmp_path, name, frames
     assert not out.parent.exists()
 
 
+def test_a_folder_in_place_of_a_file_to_write(vidsim, tiny, tmp_path):
+    ended = vidsim("sample", f"--run={tiny.workdir}", f"--out={tmp_path}/")
+    refused(ended, f"--out={tmp_path}/ is a folder", f"such as {tmp_path}/sample")
+    assert not list(tmp_path.iterdir())
+
+
 def test_size_off_the_grid_says_one_line_in_a_process_of_its_own(new_process, tiny, tmp_path):
     out = tmp_path / "out"
     flags = (f"--run={tiny.workdir}", f"--out={out / 'ball'}", "--width=50", "--height=32")

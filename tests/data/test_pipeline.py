@@ -346,3 +346,10 @@ data.close()
 def test_a_pipeline_that_reads_nothing_is_refused(change, words):
     with pytest.raises(InputError, match=words):
         dataclasses.replace(PIPELINE, **change)
+
+
+def test_clips_of_other_sides_than_those_of_the_tiles_are_refused(cache):
+    narrow = [row for row in cache.index if row["grid"][2] == 2]
+    pipeline.check_sides(narrow, 1, (2, 2))
+    with pytest.raises(InputError, match=r"has 2x[35] tokens a latent, but the grid of dit\.model"):
+        pipeline.check_sides(cache.index, 1, (2, 2))

@@ -130,11 +130,15 @@ def test_a_stage_that_is_done_again_is_not_complete_until_it_ends(
         assert not files.read_json(tmp_path / "stages.json")["evaluate"]["complete"]
         return {"measured": "again"}
 
+    noted = files.read_json(tmp_path / "stages.json")
+    noted["evaluate"]["seconds"] = 1000.0
+    files.write_json(tmp_path / "stages.json", noted)
     monkeypatch.setitem(walk.STAGES, "evaluate", measured)
     monkeypatch.setattr(walk, "NOTE_SECONDS", 3600.0)
     assert walk.do(run, "evaluate", again=True) == {"measured": "again"}
     noted = files.read_json(tmp_path / "stages.json")
     assert noted["evaluate"]["complete"] and not noted["report"]["complete"]
+    assert noted["evaluate"]["seconds"] < 1000, "of the last time alone"
 
 
 def test_a_stage_that_was_skipped_has_left_nothing(config, tmp_path):

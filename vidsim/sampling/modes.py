@@ -133,8 +133,10 @@ def without_ending(out: str, request: Request) -> str:
     """`out`, the file that a request becomes, with its ending or without, as `write` takes it.
 
     Raises:
-      InputError: it is the ending of another kind of image or video.
+      InputError: it is a folder, or the ending of another kind of image or video.
     """
+    if not os.path.basename(out):
+        raise InputError(f"--out={out} is a folder; name the file in it, such as {out}sample")
     root, given = os.path.splitext(out)
     if given == ending(request):
         return root
