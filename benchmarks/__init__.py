@@ -1,9 +1,20 @@
-"""Claims, measured: every script here ends with one JSON line a claim."""
+"""Claims, measured: every script here ends with one JSON line a claim.
+
+What several scripts measure with is here, too.
+"""
 
 import json
 import math
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 
 from absl import flags
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 # Of every script that has a small form, and of those that measure a side in its own process.
 QUICK = flags.DEFINE_bool("quick", False, "Small models and sizes: does it run?")
@@ -33,3 +44,46 @@ def claim(name: str, value: float | None, *, goal: float, better: str, beside: d
     }
     print(json.dumps(row), flush=True)
     return row
+
+
+def say(*text) -> None:
+    """For people; stdout is for claims."""
+    print(*text, file=sys.stderr, flush=True)
+
+
+def threads() -> int:
+    """How many CPUs this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def peak_bytes(*, since: bool = False) -> int:
+    """The most memory of this process so far; with `since`, it is counted anew from here on."""
+    if since:
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)
+
+
+def in_a_process(*arguments: str, **environment: str) -> list[str]:
+    """The lines that a python process of its own prints, in the project's root.
+
+    Raises:
+      CalledProcessError: it failed.
+    """
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout.splitlines()

@@ -15,16 +15,15 @@ prints a table over all experiments of transformers instead, in markdown.
 
 import importlib.util
 import json
-import pathlib
 import subprocess
 import sys
 
 from absl import app, flags
 
-from benchmarks import claim
+from benchmarks import ROOT, claim, say
 
 TABLE = flags.DEFINE_bool("table", False, "Prints a table over all experiments instead of claims.")
-EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+EXPERIMENTS = ROOT / "experiments"
 DEPTHS = (12, 48)
 CLIPS = ("81x480x832", "1x2048x2048")
 
@@ -34,7 +33,7 @@ def compiled(experiment: str, *flags: str) -> dict | None:
     if importlib.util.find_spec("libtpu") is None:
         return None
     command = ("-m", "vidsim.cli.main", "compile", f"--config=experiments/{experiment}.py")
-    print(" ".join(("vidsim", *command[2:], *flags)), file=sys.stderr, flush=True)
+    say(" ".join(("vidsim", *command[2:], *flags)))
     done = subprocess.run([sys.executable, *command, *flags], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(f"vidsim compile of {experiment} ended with code {done.returncode}")

@@ -1,14 +1,15 @@
 """Terms for latents that diffuse well, each alone: what the autoencoder and the transformer reach.
 
     python -m benchmarks.diffusability                on the quickstart's world: half an hour
-    python -m benchmarks.diffusability --input=DIR    on a folder of videos and images
+    python -m benchmarks.diffusability --input=DIR    on a folder of videos and images, at 128x96
     python -m benchmarks.diffusability --quick        a few steps of two terms: does it run?
 
 The stages of the quickstart run once for each term, over the same shards and from the same seed,
 for equal steps: the autoencoder, its latents, the transformer on them. PSNR and SSIM of held-out
 clips are those of its evaluations on the way; the transformer's errors of x0, over the power of x0,
 are of held-out clips at the end. The claim: with the terms that the quickstart has, the mean error
-over the times (geometric) is the least of all. Drawn to docs/diffusability.svg.
+over the times (geometric) is the least of all. Drawn to docs/diffusability.svg, or, of a folder,
+docs/diffusability_videos.svg.
 """
 
 import json
@@ -16,18 +17,16 @@ import math
 import pathlib
 import runpy
 import statistics
-import sys
 import tempfile
 
 from absl import app, flags
 
-from benchmarks import QUICK, claim
+from benchmarks import QUICK, ROOT, claim, say
 from vidsim.evaluation import figures
 from vidsim.stages import walk
 from vidsim.stages.run import Run
 from vidsim.training import metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = ROOT / "experiments" / "quickstart.py"
 OFF = {
     "correlation_weight": 0.0,
@@ -44,6 +43,7 @@ TERMS = {
 }
 SHARED = ("world", "shards", "tokenizer.model")  # of all terms
 EVALUATIONS = 3  # of the autoencoder on the way
+SIZES = ((128, 96), (96, 128))  # width, height of a folder's clips: four times the world's pixels
 
 INPUT = flags.DEFINE_string("input", "", "A folder of videos and images, in place of the world.")
 STEPS = flags.DEFINE_integer("steps", 600, "Of the autoencoder.")
@@ -62,6 +62,11 @@ def config_of(term: str, *, steps: int, dit_steps: int, source: str = "", quick:
         section.optimizer.warmup_steps = min(section.optimizer.warmup_steps, wanted)
         section.loop.update(steps=wanted, checkpoint_every=wanted, evaluate_every=wanted)
     config.vae.loop.evaluate_every = max(1, steps // EVALUATIONS)
+    if source:
+        config.vae.buckets.update(sizes=SIZES, step_pixels=18 * 128 * 96)
+        config.latents.update(area=128 * 96)
+        config.dit.pack.update(lengths=(288,), rows=5)
+        config.sample.update(sizes=SIZES)
     # The transformer's evaluations sample, too, which nothing here looks at.
     config.sample.steps = 2
     config.report.prompts = config.report.prompts[:1]
@@ -131,8 +136,9 @@ def main(
     dit_steps: int = 240,
     source: str = "",
     quick: bool = False,
-    out: str = "docs/diffusability.svg",
+    folder: pathlib.Path | None = ROOT / "docs",
 ) -> dict:
+    """The claim; drawn into `folder` if there is one."""
     terms = ("none", "correlation") if quick else tuple(TERMS)
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
@@ -144,8 +150,8 @@ def main(
         prepared(configs["none"], work / "shared")
         for term, config in configs.items():
             found[term] = trained(config, work / term, work / "shared")
-            print(table(found), file=sys.stderr, flush=True)
-    if out:
+            say(table(found))
+    if folder:
         panels = [
             (title, of, {term: curves[name] for term, curves in found.items()})
             for title, of, name in (
@@ -154,7 +160,8 @@ def main(
                 (f"error of x0 after {dit_steps} steps", "diffusion time", "x0_error"),
             )
         ]
-        figures.log_charts(panels, out)
+        name = "diffusability_videos" if source else "diffusability"
+        figures.log_charts(panels, folder / f"{name}.svg")
     default = default_term()
     others = min(mean_error(curves) for term, curves in found.items() if term != default)
     return claim(
@@ -174,7 +181,7 @@ def main(
 
 def run(_) -> None:
     if QUICK.value:
-        main(steps=3, dit_steps=2, source=INPUT.value, quick=True, out="")
+        main(steps=3, dit_steps=2, source=INPUT.value, quick=True, folder=None)
     else:
         main(steps=STEPS.value, dit_steps=DIT_STEPS.value, source=INPUT.value)
 

@@ -20,20 +20,14 @@ much the mean losses of the last 50 differ. Without a GPU every claim is null.
 
 import dataclasses
 import json
-import os
-import pathlib
 import runpy
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
 from absl import app, flags
 
-from benchmarks import PROBE, QUICK, claim
+from benchmarks import PROBE, QUICK, ROOT, claim, in_a_process, say, timed
 
-ROOT = pathlib.Path(__file__).parents[1]
 # Tokens of a row, and the latents of the video that fills it beside its prompt.
 LENGTHS = {16_384: (63, 16, 16), 32_768: (127, 16, 16)}
 QUICK_LENGTHS = {80: (4, 4, 4), 144: (8, 4, 4)}
@@ -63,12 +57,6 @@ def shapes(tokens: int, quick: bool):
     return config, text, _step.pack(config, text, grid, channels=CHANNELS, pixels=PIXELS)
 
 
-def timed(call) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
-
-
 def first_that_fits(choices, step_of, too_large: type[Exception], steps: int) -> dict:
     """The first of `choices` whose steps fit, and their median seconds after two that warm up."""
     for choice in choices:
@@ -78,7 +66,7 @@ def first_that_fits(choices, step_of, too_large: type[Exception], steps: int) ->
         except too_large as error:
             if "memory" not in str(error).lower() and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            print(f"{choice} does not fit: {error}", file=sys.stderr, flush=True)
+            say(f"{choice} does not fit: {error}")
         else:
             return {"choice": str(choice), "seconds": statistics.median(seconds)}
     raise MemoryError(f"none of {choices} fits")
@@ -158,20 +146,6 @@ def difference_of_dtypes(quick: bool) -> dict:
     return found | {"difference": abs(found["bfloat16"] / found["float32"] - 1)}
 
 
-def in_a_process(*arguments: str, **environment: str) -> str:
-    """The last line that a fresh `python ARGUMENTS` prints."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return done.stdout.splitlines()[-1]
-
-
 def measure(lengths, quick: bool) -> dict[int, dict[str, list[dict]]]:
     """By length and side, what each of its turns found."""
     found = {}
@@ -180,13 +154,13 @@ def measure(lengths, quick: bool) -> dict[int, dict[str, list[dict]]]:
             found[tokens] = {"ours": [], "theirs": []}
             for _ in range(QUICK_ROUNDS if quick else ROUNDS):
                 for side, turns in found[tokens].items():
-                    line = in_a_process(
+                    *_, line = in_a_process(
                         *("-m", "benchmarks.gpu", f"--probe={side}"),
                         *(f"--tokens={tokens}", f"--quick={quick}"),
                         JAX_COMPILATION_CACHE_DIR=f"{caches}/jax",
                         TORCHINDUCTOR_CACHE_DIR=f"{caches}/torch",
                     )
-                    print(side, tokens, line, file=sys.stderr, flush=True)
+                    say(side, tokens, line)
                     turns.append(json.loads(line))
     return found
 
@@ -199,7 +173,7 @@ def main(*, quick: bool = False, tokens: int | None = None) -> list[dict]:
     names = dict(zip(known, ("gpu.mfu_16k", "gpu.mfu_32k"), strict=True))
     lengths = list(known) if tokens is None else [tokens]
     # Asked in another process: jax would keep most of the memory for this one.
-    backend = in_a_process("-c", "import jax; print(jax.default_backend())")
+    (backend,) = in_a_process("-c", "import jax; print(jax.default_backend())")
     table, mfu, ratios, parity = {"backend": backend}, dict.fromkeys(lengths), {}, None
     if backend == "gpu" or quick:
         for length, sides in measure(lengths, quick).items():

@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 
@@ -22,7 +21,7 @@ import av
 import numpy as np
 from absl import app, flags
 
-from benchmarks import claim
+from benchmarks import claim, say
 from vidsim.data import (
     buckets,
     filters,
@@ -41,10 +40,6 @@ CLIPS, FRAMES, HEIGHT, WIDTH, FPS = 16, 48, 360, 640, 24
 SHOWN = 17  # frames of a window
 BATCHES = 10  # a round
 MEMORY_BATCHES = 10_000
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def scene(seed: int, frames: int, height: int, width: int) -> np.ndarray:

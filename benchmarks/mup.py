@@ -15,7 +15,6 @@ within a factor of 2 of each other. The second: over a few steps the sizes of wh
 import dataclasses
 import functools
 import math
-import sys
 import time
 
 import jax
@@ -25,7 +24,7 @@ import optax
 from absl import app
 from flax import nnx
 
-from benchmarks import claim
+from benchmarks import claim, say
 from vidsim.diffusion import time_sampling
 from vidsim.evaluation import figures
 from vidsim.layers import rotary
@@ -58,10 +57,6 @@ OPTIMIZER = optimizer.Config(
     clip_norm=1.0,
     ema_sigma_rels=(0.05,),
 )
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def config(width: int, base_width: int, depth: int = 2) -> dit.Config:

@@ -9,17 +9,14 @@ tokens and width 2048, and prompts of width 1024, over the squares of the length
 quotient is claimed.
 """
 
-import os
 import platform
 import statistics
-import sys
-import time
 from unittest import mock
 
 import numpy as np
 from absl import app
 
-from benchmarks import QUICK, claim
+from benchmarks import QUICK, claim, say, threads, timed
 
 LENGTHS = (1021, 893, 643, 509, 387, 317, 193, 133)  # 4096 together, none a multiple of a block
 QUICK_LENGTHS = (61, 31, 31, 5)
@@ -122,12 +119,6 @@ def attention_gradient(length: int, shape: dict, dtype: str):
     return lambda: jax.block_until_ready(gradient(qkv))
 
 
-def timed(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def by_time(lengths, prompts, shape: dict, text_shape: dict, dtype: str) -> dict:
     """Median seconds of the row, of it without attention, and of its segments' attention."""
     from vidsim.attention import segments
@@ -148,7 +139,7 @@ def by_time(lengths, prompts, shape: dict, text_shape: dict, dtype: str) -> dict
         for name, call in calls.items():
             seconds[name].append(timed(call))
     found = {name: statistics.median(values) for name, values in seconds.items()}
-    print(dtype, found, file=sys.stderr, flush=True)
+    say(dtype, found)
     attention = sum(of["depth"] * found[kind, length] for kind, length, of in alone)
     return {
         "row": found["row"],
@@ -196,7 +187,7 @@ def main(*, quick: bool = False) -> list[dict]:
     import jax
 
     beside = {
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": threads(),
         "machine": platform.machine(),
         "backend": jax.default_backend(),
         "shape": shape,

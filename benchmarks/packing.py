@@ -10,13 +10,12 @@ to put beside them no plan can fill the rows. `most_valid` is the bound that fol
 of longer videos, for which it lies under the goal, is measured too.
 """
 
-import sys
 import time
 
 import numpy as np
 from absl import app
 
-from benchmarks import claim
+from benchmarks import claim, say
 from vidsim.data import packing
 from vidsim.data.mixture import Group, Mixture
 from vidsim.data.rows import Samples, cost
@@ -47,10 +46,6 @@ OPEN_SORA = {
     256 * 144: {1: (1.0, 475), 51: (1.0, 51), 102: ((1.0, 0.33), 27), 204: ((1.0, 0.1), 13),
                 408: ((1.0, 0.1), 6)},
 }  # fmt: skip
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def draw(samples: int, *, median_latents: float, spread: float, images: float, seed: int = 0):

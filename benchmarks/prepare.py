@@ -30,10 +30,9 @@ import av
 import numpy as np
 from absl import app, flags
 
-from benchmarks import claim
+from benchmarks import ROOT, claim, say, threads
 from vidsim.data import engine, filters, listing, packets, prepare, records, units, video
 
-ROOT = pathlib.Path(__file__).parents[1]
 CLIPS, FRAMES, FPS, SIZE = 32, 48, 24, (360, 640)
 WARM = 4  # clips that both workers prepare before: two units
 
@@ -97,7 +96,7 @@ def speed(folder: pathlib.Path, scratch: pathlib.Path, rounds: int) -> dict[str,
             }
             for name, work in ways.items():
                 seconds[name].append(_seconds(work))
-            print({name: round(times[-1], 2) for name, times in seconds.items()}, file=sys.stderr)
+            say({name: round(times[-1], 2) for name, times in seconds.items()})
     return dict(seconds)
 
 
@@ -293,7 +292,7 @@ def machine() -> dict:
     import ray
 
     return {
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": threads(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "ray": ray.__version__,

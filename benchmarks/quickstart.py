@@ -16,9 +16,7 @@ import tempfile
 
 from absl import app, flags
 
-from benchmarks import claim
-
-ROOT = pathlib.Path(__file__).parents[1]
+from benchmarks import ROOT, claim, threads
 
 
 def claims(line: dict, machine: dict) -> list[dict]:
@@ -72,7 +70,7 @@ def main(workdir: str | None = None) -> list[dict]:
     import jax
 
     machine = {
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": threads(),
         "machine": platform.machine(),
         "python": platform.python_version(),
         "jax": jax.__version__,

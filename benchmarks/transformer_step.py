@@ -13,20 +13,14 @@ rate of a product of 2048 x 2048 that either library reaches in that dtype in th
 """
 
 import json
-import os
-import pathlib
 import platform
 import statistics
-import subprocess
-import sys
-import time
 
 import numpy as np
 from absl import app, flags
 
-from benchmarks import PROBE, QUICK, claim
+from benchmarks import PROBE, QUICK, claim, in_a_process, peak_bytes, say, threads, timed
 
-ROOT = pathlib.Path(__file__).parents[1]
 DTYPES = ("float32", "bfloat16")
 TOKENS = (1024, 2048, 4096)  # patches, each of 2x2 latents
 QUICK_TOKENS = (64, 128)
@@ -44,10 +38,6 @@ MEMORY_TOO = flags.DEFINE_bool("memory", True, "Also the memory, in processes of
 # What a process that measures its own memory is told:
 DTYPE = flags.DEFINE_enum("dtype", "float32", DTYPES, "With --probe: of the products.")
 PATCHES = flags.DEFINE_integer("patches", 1024, "With --probe: tokens of the video.")
-
-
-def threads() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def grid(tokens: int) -> tuple[int, int, int]:
@@ -139,12 +129,6 @@ def flops(tokens: int, shape: dict) -> float:
     return cost.of(length, length**2)
 
 
-def timed(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def rates(size: int) -> dict:
     """FLOP/s of a square product by dtype and library: the best of five."""
     import jax
@@ -184,22 +168,16 @@ def speed(lengths, shape: dict) -> dict:
             found[dtype, tokens] = {
                 name: statistics.median(values) for name, values in seconds.items()
             }
-            print(dtype, tokens, seconds, file=sys.stderr, flush=True)
+            say(dtype, tokens, seconds)
             del sides, side
     return found
-
-
-def peak_bytes() -> int:
-    status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)
 
 
 def probe() -> None:
     """Prints the peak memory of this process over two steps."""
     side = {"ours": ours, "theirs": Theirs}[PROBE.value]
     side = side(DTYPE.value, PATCHES.value, QUICK_SHAPE if QUICK.value else SHAPE)
-    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
-    loaded = peak_bytes()
+    loaded = peak_bytes(since=True)
     side.step()
     side.step()
     print(json.dumps({"peak": peak_bytes(), "loaded": loaded}))
@@ -207,19 +185,12 @@ def probe() -> None:
 
 def memory(side: str, dtype: str, tokens: int, quick: bool) -> float:
     """Peak GB of a fresh process."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.transformer_step", f"--probe={side}"),
-            *(f"--dtype={dtype}", f"--patches={tokens}", f"--quick={quick}"),
-        ],
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    *_, last = in_a_process(
+        *("-m", "benchmarks.transformer_step", f"--probe={side}"),
+        *(f"--dtype={dtype}", f"--patches={tokens}", f"--quick={quick}"),
     )
-    row = json.loads(done.stdout.splitlines()[-1])
-    print(side, dtype, tokens, row, file=sys.stderr, flush=True)
+    row = json.loads(last)
+    say(side, dtype, tokens, row)
     return row["peak"] / 1e9
 
 

@@ -15,10 +15,8 @@ process that sees no GPU; without one the claims of a GPU are null.
 
 import json
 import os
-import pathlib
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,9 +24,8 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks import PROBE, QUICK, claim
+from benchmarks import PROBE, QUICK, claim, in_a_process, peak_bytes, say, threads
 
-ROOT = pathlib.Path(__file__).parents[1]
 SIZES = ((17, 128, 128), (17, 256, 256), (61, 240, 416))  # frames, height, width
 # Of each side, at each of the sizes: as often first as second, or nearly so.
 TURNS = {"float32": (3, 2, 2), "bfloat16": (2, 2, 2)}
@@ -51,10 +48,6 @@ VERB = flags.DEFINE_enum("verb", "decode", VERBS, "With --probe: what to run.")
 DROP = flags.DEFINE_bool("drop", False, "With --probe=ours --verb=decode: keep no frames.")
 SIZE = flags.DEFINE_string("size", "17x128x128", "With --probe: FRAMESxHEIGHTxWIDTH.")
 WEIGHTS = flags.DEFINE_string("weights", None, "With --probe: the folder of the weights.")
-
-
-def threads() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def clip(size: tuple[int, int, int]) -> np.ndarray:
@@ -193,14 +186,9 @@ def speed(folder: str, sizes, *, longest: int | None) -> dict:
                     f"{name}_frames_per_s": frames / statistics.median(values)
                     for name, values in seconds.items()
                 } | {"turns": count}
-                print(dtype, verb, text(size), seconds, file=sys.stderr, flush=True)
+                say(dtype, verb, text(size), seconds)
         del sides
     return {"frames_per_s": found, "difference": difference, "streamed": streamed}
-
-
-def peak_bytes() -> int:
-    status = pathlib.Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "VmHWM" in line)
 
 
 def probe() -> None:
@@ -209,9 +197,8 @@ def probe() -> None:
         side = Ours(WEIGHTS.value, "float32", (f"{VERB.value}r",))
     else:  # maps the file into memory and so has only those weights there that it uses
         side = Theirs(WEIGHTS.value, "float32")
-    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
     size = tuple(map(int, SIZE.value.split("x")))
-    loaded = peak_bytes()
+    loaded = peak_bytes(since=True)
     if DROP.value:
         side.decode_and_drop(latents(size))
     else:
@@ -221,20 +208,13 @@ def probe() -> None:
 
 def memory(folder: str, side: str, verb: str, size, *, drop: bool = False) -> float:
     """Peak GB of a fresh process."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "benchmarks.vae", f"--probe={side}", f"--verb={verb}"),
-            *(f"--size={text(size)}", f"--weights={folder}", f"--drop={drop}"),
-        ],
-        cwd=ROOT,
-        env=os.environ | ON_CPU,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    *_, last = in_a_process(
+        *("-m", "benchmarks.vae", f"--probe={side}", f"--verb={verb}"),
+        *(f"--size={text(size)}", f"--weights={folder}", f"--drop={drop}"),
+        **ON_CPU,
     )
-    row = json.loads(done.stdout.splitlines()[-1])
-    print(side, verb, text(size), row, file=sys.stderr, flush=True)
+    row = json.loads(last)
+    say(side, verb, text(size), row)
     return row["peak"] / 1e9
 
 
@@ -326,17 +306,9 @@ def main(*, quick: bool = False, count: int | None = None, parts=None) -> list[d
 
 def of_the_cpu() -> list[dict]:
     """The claims of the CPU, printed by a process that sees no GPU."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.vae", *sys.argv[1:], "--only_cpu"],
-        cwd=ROOT,
-        env=os.environ | ON_CPU,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    print(done.stdout, end="", flush=True)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    lines = in_a_process("-m", "benchmarks.vae", *sys.argv[1:], "--only_cpu", **ON_CPU)
+    print(*lines, sep="\n", flush=True)
+    return [json.loads(line) for line in lines]
 
 
 def run(_) -> None:

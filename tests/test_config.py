@@ -13,6 +13,12 @@ class Section:
     sizes: tuple[tuple[int, int], ...]
     depth: int = 2
 
+    def __post_init__(self):
+        if self.width < 1:
+            raise InputError(f"width={self.width} is under 1; raise it")
+        if self.depth < 1:
+            raise InputError(f"no layer has a depth of {self.depth}")
+
 
 def test_a_section_becomes_its_dataclass():
     section = ConfigDict({"width": 8, "sizes": ((64, 48), (48, 48))})
@@ -35,6 +41,14 @@ def test_an_unknown_key_is_named_with_its_neighbour():
 def test_a_missing_key_is_named_unless_it_has_a_default():
     with pytest.raises(InputError, match=r"dit\.sizes is missing"):
         config.build(Section, {"width": 8}, where="dit")
+
+
+def test_a_value_that_is_refused_is_named_as_in_the_experiment():
+    good = {"width": 8, "sizes": ()}
+    with pytest.raises(InputError, match=r"^vae\.finish\.loss\.width=0 is under 1; raise it$"):
+        config.build(Section, {**good, "width": 0}, where="vae.finish.loss")
+    with pytest.raises(InputError, match=r"^no layer has a depth of 0$"):
+        config.build(Section, {**good, "depth": 0}, where="vae")
 
 
 def test_every_key_that_differs_is_told():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 
 from vidsim.errors import InputError
@@ -15,10 +16,11 @@ def freeze(value):
 
 
 def build(cls, section: Mapping, *, where: str = ""):
-    """`cls(**section)` with the errors a user needs.
+    """`cls(**section)` with the errors a user needs: they name keys as the experiment does.
 
     Raises:
-      InputError: a key that `cls` has not, or one that it needs and the section lacks.
+      InputError: a key that `cls` has not, one that it needs and the section lacks, or a value that
+        `cls` refuses, whose message begins with the field.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     where = where or cls.__module__.rpartition(".")[2]
@@ -34,7 +36,11 @@ def build(cls, section: Mapping, *, where: str = ""):
         )
         if name not in section and not defaulted:
             raise InputError(f"config key {where}.{name} is missing; give it a value")
-    return cls(**{key: freeze(value) for key, value in section.items()})
+    try:
+        return cls(**{key: freeze(value) for key, value in section.items()})
+    except InputError as error:
+        named = re.match(r"\w+", str(error))
+        raise InputError(f"{where}.{error}" if named and named[0] in fields else error) from None
 
 
 def differences(old: Mapping, new: Mapping, path: str = "") -> dict[str, str]:

@@ -9,11 +9,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-
-
 @pytest.mark.parametrize(
     ("value", "better", "holds"),
     [

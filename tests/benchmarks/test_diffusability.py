@@ -1,5 +1,6 @@
 """The comparison of terms trains what it says; here without training."""
 
+import math
 import pathlib
 import runpy
 
@@ -10,11 +11,6 @@ from vidsim.stages import walk
 from vidsim.stages.run import Run
 
 ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
 
 
 def test_experiments_differ_in_one_term_alone(tmp_path):
@@ -37,6 +33,17 @@ def test_experiments_differ_in_one_term_alone(tmp_path):
         same = {**run.config, "name": "", "vae": {**run.config["vae"], "loss": {}}}
         other = runs["none"].config
         assert same == {**other, "name": "", "vae": {**other["vae"], "loss": {}}}
+
+
+def test_videos_of_a_folder_are_of_four_times_the_pixels_at_every_stage(tmp_path):
+    from benchmarks import diffusability
+
+    run = Run(diffusability.config_of("none", steps=6, dit_steps=4, source=str(tmp_path)), tmp_path)
+    pixels = {height * width for width, height in (*run.buckets.sizes, *run.sample.sizes)}
+    assert pixels == {128 * 96} and run.latents.area == 128 * 96
+    assert run.data.input == str(tmp_path)
+    longest = math.prod(run.vae.latent_size(17, 96, 128)) // run.dit.patch**2
+    assert longest + run.text.max_tokens <= run.pack.lengths[-1]
 
 
 def test_the_quickstart_has_one_of_the_terms():
@@ -69,13 +76,12 @@ def test_terms_are_compared_over_the_same_shards(monkeypatch, tmp_path, capsys):
         return {}
 
     monkeypatch.setattr(walk, "do", do)
-    out = tmp_path / "picture.svg"
-    row = diffusability.main(steps=3, dit_steps=2, quick=True, out=str(out))
+    row = diffusability.main(steps=3, dit_steps=2, quick=True, folder=tmp_path)
     assert row["value"] == pytest.approx(0.8) and row["holds"]
     assert row["beside"]["terms"]["none"]["psnr_db"] == {1: 21.0, 2: 22.0, 3: 23.0}
     assert done == [
         *(("none", name) for name in ("worlds", "prepare", "tokenizer")),
         *((term, name) for term in ("none", "correlation") for name in ("vae", "encode", "dit")),
     ]
-    assert "<svg" in out.read_text()
+    assert "<svg" in (tmp_path / "diffusability.svg").read_text()
     assert "correlation      23.00 dB  0.500  0.400  " in capsys.readouterr().err

@@ -2,19 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
 
 
 @pytest.fixture

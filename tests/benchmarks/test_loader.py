@@ -1,17 +1,8 @@
 """The loader's benchmark measures what it says, in small."""
 
 import json
-import pathlib
 
 import numpy as np
-import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
 
 
 def test_bare_decoding_gives_the_frames_that_the_pipeline_reads():

@@ -1,16 +1,7 @@
 """Width scaling: what the benchmark measures, in small."""
 
-import pathlib
-
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
 
 
 def test_training_moves_activations_alike_at_every_width():

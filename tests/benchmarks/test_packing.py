@@ -1,17 +1,9 @@
 """The benchmark of packing measures what it says, in small."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
 
 
 def test_mixture_is_of_the_sizes_that_it_says():

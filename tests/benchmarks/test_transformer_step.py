@@ -1,18 +1,10 @@
 """The benchmarks of the training step and of packed rows measure what they say, in small."""
 
 import json
-import pathlib
 
 import jax
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
 
 
 def test_claims_are_of_both_dtypes_at_every_length(capsys):

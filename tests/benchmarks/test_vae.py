@@ -1,17 +1,9 @@
 """The benchmark of the autoencoder compares what it says, with networks that do nothing."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def from_the_checkout(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
 
 
 @pytest.fixture

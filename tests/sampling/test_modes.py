@@ -1,6 +1,7 @@
 """What a user chose, of flags and side-cars, before any model."""
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -130,11 +131,15 @@ def test_values_are_checked_before_anything_is_read(monkeypatch, film, mode, giv
 def test_without_a_prompt_nothing_guides(side_car):
     request, _ = modes.request(chosen(run="a", prompt=" "), DEFAULTS, stride=4, grid=8)
     assert modes.side_car(request)["guidance_scale"] == 1.0
-    (note,) = modes.remarks(None, request, None)
+    models = mock.Mock(tokenizer=mock.Mock(max_tokens=4, cut_off=lambda text: text[6:]))
+    (note,) = modes.remarks(models, request, None)
     assert note.startswith("note: without a prompt") and "guidance_scale=1" in note
     request, _ = modes.request(chosen(run="a", prompt="a ball"), DEFAULTS, stride=4, grid=8)
     assert modes.side_car(request)["guidance_scale"] == DEFAULTS.guidance_scale
-    assert list(modes.remarks(None, request, None)) == []
+    assert list(modes.remarks(models, request, None)) == []
+    request, _ = modes.request(chosen(run="a", prompt="a ball flies"), DEFAULTS, stride=4, grid=8)
+    (warning,) = modes.remarks(models, request, None)
+    assert "reads 4 tokens of a prompt; cut off is ' flies'" in warning
 
 
 @pytest.mark.parametrize(

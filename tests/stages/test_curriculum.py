@@ -53,7 +53,7 @@ def test_phases_of_the_same_latents_need_no_folders_of_their_own():
     [
         ({"steps": 100}, r"dit.earlier\[0\].steps=100 from step 0 on leaves none of dit.loop"),
         ({"steps": 0}, r"dit.earlier\[0\].steps=0"),
-        ({"rows": 0}, "pack.rows=0 is under 1"),
+        ({"rows": 0}, r"dit\.earlier\[0\]\.rows=0 is under 1"),
         ({"length": 1}, r"unknown config key dit.earlier\[0\].length=1; did you mean 'lengths'"),
     ],
 )

@@ -23,7 +23,7 @@ def section(config):
         ({"sample.steps": 1}, r"steps=1 is under 2"),
         ({"sample.fps": 0.0}, r"sample\.fps=0\.0 is not positive"),
         ({"sample.sizes": ()}, r"sample\.sizes is empty"),
-        ({"sample.given_frames": 9}, r"given_frames=9 is not from 1 to under sample\.frames=9"),
+        ({"sample.given_frames": 9}, r"sample\.given_frames=9 is not from 1 to under frames=9"),
         ({"sample.given_frames": 0}, r"given_frames=0 is not from 1"),
         ({"sample.given_frames": 4}, r"1 \+ 4k"),
         ({"evaluation.batch": 0}, r"evaluation\.batch=0 is under 1"),

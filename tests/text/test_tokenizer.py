@@ -60,6 +60,13 @@ def test_a_long_prompt_is_cut_to_max_tokens(words):
     assert len(words.encode(text)) == 32
 
 
+def test_what_is_cut_off_a_long_prompt_is_told(words):
+    text = CAPTIONS[0]
+    short = tokenizer.Tokenizer(words.model, len(words.encode(text)))
+    assert short.cut_off(text) == "" == short.cut_off("")
+    assert short.cut_off(f"{text} right") == "right"
+
+
 def test_training_is_deterministic(words):
     again = tokenizer.train(CAPTIONS, vocabulary=64, max_tokens=32)
     assert again.model == words.model

@@ -45,7 +45,7 @@ class Config:
     def __post_init__(self):
         if bool(self.sizes) != bool(self.frames):
             raise InputError(
-                f"buckets.sizes={self.sizes} and frames={self.frames}: give both, or neither to "
+                f"sizes={self.sizes} and frames={self.frames}: give both, or neither to "
                 "have them found"
             )
         lowest = {"step_pixels": 1, "clip_pixels": 0, "max_batch": 1, "batch_multiple": 1}
@@ -53,12 +53,12 @@ class Config:
             lowest |= {"ratios": 1, "durations": 1, "clip_tokens": 1}
             if not self.areas or min(self.areas) < 1:
                 raise InputError(
-                    f"buckets.areas={self.areas} does not say which sizes to look for; give pixels "
+                    f"areas={self.areas} does not say which sizes to look for; give pixels "
                     "of a frame, such as (65536,), or sizes and frames"
                 )
         for name, least in lowest.items():
             if getattr(self, name) < least:
-                raise InputError(f"buckets.{name}={getattr(self, name)} is under {least}; raise it")
+                raise InputError(f"{name}={getattr(self, name)} is under {least}; raise it")
 
 
 @dataclasses.dataclass(frozen=True)

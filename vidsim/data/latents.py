@@ -51,10 +51,10 @@ class Config:
     def __post_init__(self):
         for name in ("max_frames", "batch_pixels", "max_shapes", "piece_megabytes"):
             if not getattr(self, name) > 0:
-                raise InputError(f"latents.{name}={getattr(self, name)} is not positive; raise it")
+                raise InputError(f"{name}={getattr(self, name)} is not positive; raise it")
         if self.area < 0:
             raise InputError(
-                f"latents.area={self.area} is negative; give pixels of a frame, or 0 for native"
+                f"area={self.area} is negative; give pixels of a frame, or 0 for native"
             )
 
 

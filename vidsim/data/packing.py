@@ -61,16 +61,16 @@ class Config:
 
     def __post_init__(self):
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
-            raise InputError(f"pack.lengths={self.lengths} is not ascending; sort it")
+            raise InputError(f"lengths={self.lengths} is not ascending; sort it")
         for length in self.lengths:
             if length < 1 or self.lengths[-1] % length:
                 raise InputError(
-                    f"pack.lengths={self.lengths}: {length} does not divide {self.lengths[-1]}, "
+                    f"lengths={self.lengths}: {length} does not divide {self.lengths[-1]}, "
                     "so steps would differ in tokens; use divisors of the longest"
                 )
         for name in ("rows", "max_segments"):
             if getattr(self, name) < 1:
-                raise InputError(f"pack.{name}={getattr(self, name)} is under 1; raise it")
+                raise InputError(f"{name}={getattr(self, name)} is under 1; raise it")
 
     @property
     def tokens(self) -> int:

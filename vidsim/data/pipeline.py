@@ -32,9 +32,7 @@ class Config:
     def __post_init__(self):
         for name, least in {"threads": 1, "prefetch": 1, "workers": 0}.items():
             if getattr(self, name) < least:
-                raise InputError(
-                    f"pipeline.{name}={getattr(self, name)} is under {least}; raise it"
-                )
+                raise InputError(f"{name}={getattr(self, name)} is under {least}; raise it")
 
 
 def stream(plan, load, *, start: int, config: Config) -> Iterator[dict[str, np.ndarray]]:

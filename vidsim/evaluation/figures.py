@@ -142,9 +142,10 @@ def bar_chart(values: dict[str, float], title: str, *, marked: str) -> str:
 def log_charts(
     charts: Sequence[tuple[str, str, dict[str, dict[float, float]]]], path: str | os.PathLike
 ) -> None:
-    """Writes an SVG file of charts in two columns, all of their axes logarithmic.
+    """Writes an SVG file of charts in two columns; what spans more than 1 : 3 is logarithmic.
 
-    A chart is (title, what x is, {label: {x: y}}). The file is white and needs no page around it.
+    A chart is (title, what x is, {label: {x: y}}), of values over 0. The file is white and needs no
+    page around it.
     """
     ink = {key: "#222222" for key, value in _STYLE.items() if value == _INK}
     with matplotlib.rc_context(_STYLE | ink | {"figure.facecolor": "white"}):
@@ -156,8 +157,11 @@ def log_charts(
             for shade, (label, points) in zip(shades, lines.items(), strict=True):
                 x, y = np.array(sorted(points.items()), np.float64).T
                 axes.plot(x, y, "o-", color=shade, linewidth=1.5, markersize=3.5, label=label)
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
+            x, y = np.array([point for line in lines.values() for point in line.items()]).T
+            if x.max() > 3 * x.min():
+                axes.set_xscale("log", base=2)
+            if y.max() > 3 * y.min():
+                axes.set_yscale("log")
             axes.set_title(title, loc="left")
             axes.set_xlabel(x_label)
             axes.legend(fontsize=8)

@@ -36,9 +36,7 @@ class Config:
 
     def __post_init__(self):
         if not self.channels or min(self.channels) < 1:
-            raise InputError(
-                f"vae.discriminator.channels={self.channels}; give the width of at least one level"
-            )
+            raise InputError(f"channels={self.channels}; give the width of at least one level")
 
 
 def largest_singular_value(kernel: jax.Array) -> jax.Array:

@@ -38,13 +38,13 @@ class Config:
     def __post_init__(self):
         samplers.check(self.solver, self.steps)
         if not self.fps > 0:
-            raise InputError(f"sample.fps={self.fps} is not positive; give frames a second")
+            raise InputError(f"fps={self.fps} is not positive; give frames a second")
         if not self.sizes:
             raise InputError("sample.sizes is empty; give at least one (width, height)")
         if self.given_frames < 1 or 1 < self.frames <= self.given_frames:
             raise InputError(
-                f"sample.given_frames={self.given_frames} is not from 1 to under "
-                f"sample.frames={self.frames}: a video goes on from fewer frames than it has"
+                f"given_frames={self.given_frames} is not from 1 to under "
+                f"frames={self.frames}: a video goes on from fewer frames than it has"
             )
 
 
@@ -152,6 +152,12 @@ def remarks(models: Models, request: Request, trained: Trained | None) -> Iterat
     """Lines for who asked for a sample that may not be what they expect."""
     if not request.prompt.strip():
         yield "note: without a prompt nothing guides the sample: it is made at guidance_scale=1"
+    cut_off = models.tokenizer.cut_off(request.prompt)
+    if cut_off:
+        yield (
+            f"warning: the model reads {models.tokenizer.max_tokens} tokens of a prompt; "
+            f"cut off is {cut_off!r}"
+        )
     if trained is not None and far_beyond(models, request, trained):
         (frames, height, width), side = trained.largest, trained.side
         yield (

@@ -51,15 +51,24 @@ def phases(earlier: Sequence[Mapping], last: Phase) -> tuple[Phase, ...]:
     """
     found, first = [], 0
     for number, section in enumerate(earlier):
-        own = configs.build(Earlier, section, where=f"dit.earlier[{number}]")
+        where = f"dit.earlier[{number}]"
+        own = configs.build(Earlier, section, where=where)
         if own.steps < 1 or first + own.steps >= last.end:
             raise InputError(
-                f"dit.earlier[{number}].steps={own.steps} from step {first} on leaves none of "
+                f"{where}.steps={own.steps} from step {first} on leaves none of "
                 f"dit.loop.steps={last.end}; give 1 step or more to each phase and to the last"
             )
-        cached = dataclasses.replace(last.latents, area=own.area, max_frames=own.max_frames)
-        packed = {name: getattr(own, name) for name in ("lengths", "rows", "max_segments")}
-        pack = dataclasses.replace(last.pack, **packed)
+        cached, pack = (
+            configs.build(
+                type(config),
+                {**vars(config), **{name: getattr(own, name) for name in changed}},
+                where=where,
+            )
+            for config, changed in (
+                (last.latents, ("area", "max_frames")),
+                (last.pack, ("lengths", "rows", "max_segments")),
+            )
+        )
         mix = dataclasses.replace(last.mix, image_share=own.image_share)
         found.append(Phase(first, first + own.steps, CACHE, cached, pack, mix))
         first += own.steps

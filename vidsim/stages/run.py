@@ -304,8 +304,8 @@ class Run:
             return None
         if self._feature_network is None:
             raise InputError(
-                f"vae.loss.perceptual_weight={loss.perceptual_weight} needs a feature network; "
-                "give Run what reads its file, as the command line does"
+                f"{SECTIONS.get(stage, stage)}.loss.perceptual_weight={loss.perceptual_weight} "
+                "needs a feature network; give Run what reads its file, as the command line does"
             )
         return self._feature_network(loss.perceptual_network)
 

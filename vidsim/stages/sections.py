@@ -82,11 +82,11 @@ class Data:
     def __post_init__(self):
         if self.on_change not in checkpoint.ON_CHANGE:
             raise InputError(
-                f"data.on_change={self.on_change!r} is none of {', '.join(checkpoint.ON_CHANGE)}"
+                f"on_change={self.on_change!r} is none of {', '.join(checkpoint.ON_CHANGE)}"
             )
         if not 0 <= self.validation_share < 1:
             raise InputError(
-                f"data.validation_share={self.validation_share} is not from 0 to under 1; give the "
+                f"validation_share={self.validation_share} is not from 0 to under 1; give the "
                 "share of the files that is kept from training"
             )
 
@@ -105,13 +105,9 @@ class Evaluation:
         lowest = {"batches": 1, "vae_clips": 1, "physics_clips": 0, "physics_frames": 1, "batch": 1}
         for name, least in lowest.items():
             if getattr(self, name) < least:
-                raise InputError(
-                    f"evaluation.{name}={getattr(self, name)} is under {least}; raise it"
-                )
+                raise InputError(f"{name}={getattr(self, name)} is under {least}; raise it")
         if not all(0 < t <= 1 for t in self.times):
-            raise InputError(
-                f"evaluation.times={self.times} are not all over 0, which is clean, and up to 1"
-            )
+            raise InputError(f"times={self.times} are not all over 0, which is clean, and up to 1")
 
 
 @dataclasses.dataclass(frozen=True)

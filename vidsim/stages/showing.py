@@ -13,7 +13,7 @@ from vidsim.data.windows import commonest
 from vidsim.evaluation import evaluator, figures, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
-from vidsim.stages.run import Run, average, load_models, load_vae, sampled_step
+from vidsim.stages.run import Run, average, load_models, sampled_step
 
 _SHOWN = 4  # clips beside their reconstructions
 _ON_SHEET = 5  # extended clips of one picture
@@ -71,12 +71,14 @@ def text_request(run: Run, prompt: str, seed: int, size, frames: int) -> generat
     )
 
 
-def sample_step(run: Run, train_state, step_number: int):
-    """An evaluator that yields no number: samples the fixed prompts at this training step."""
+def sample_step(run: Run, models: generate.Models, train_state, step_number: int):
+    """An evaluator that yields no number: samples the fixed prompts at this training step.
+
+    `models` are those of `load_vae`.
+    """
     params = multihost.fetch(average(run, "dit", train_state))
-    loaded = load_vae(run)
     if multihost.is_main():
-        models = dataclasses.replace(loaded, dit_params=params, tokenizer=run.words())
+        models = dataclasses.replace(models, dit_params=params, tokenizer=run.words())
         requests = [
             text_request(run, prompt, run.report.seed, run.sample.sizes[0], run.sample.frames)
             for prompt in prompts(run)

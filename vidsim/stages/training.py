@@ -233,6 +233,8 @@ def dit_training(run: Run) -> Training:
         folder: latents.Latents(run.path(folder), mark=latent_mark(run, models, config))
         for folder, config in run.caches.items()
     }
+    # Between samples the memory of the devices is the transformer's.
+    models = dataclasses.replace(models, vae_params=jax.device_get(models.vae_params))
     counts = {
         folder: pipeline.token_counts(cache.index, words, run.dit.patch, run.data.caption_weights)
         for folder, cache in caches.items()
@@ -277,7 +279,7 @@ def dit_training(run: Run) -> Training:
                     yield from itertools.islice(data, len(steps))
 
     def evaluators(run: Run) -> dict:
-        samples = {"samples": functools.partial(sample_step, run)}
+        samples = {"samples": functools.partial(sample_step, run, models)}
         last = run.phases[-1]  # the same for all steps, so that they compare
         if all(row["split"] != "validation" for row in caches[last.cache].index):
             return samples

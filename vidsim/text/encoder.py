@@ -32,7 +32,7 @@ class Config:
     def __post_init__(self):
         if self.depth and (self.features % self.heads or self.features // self.heads % 2):
             raise InputError(
-                f"dit.text.features={self.features} over heads={self.heads} is not an even head "
+                f"features={self.features} over heads={self.heads} is not an even head "
                 f"dimension, which dit.text.depth={self.depth} needs; choose features that are a "
                 "multiple of twice the heads"
             )

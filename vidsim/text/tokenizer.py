@@ -30,6 +30,10 @@ class Tokenizer:
         ids = self._processor.encode(text)[: self.max_tokens]
         return ids or [NULL]
 
+    def cut_off(self, text: str) -> str:
+        """What `encode` leaves out of a text that is too long, from its end."""
+        return self._processor.decode(self._processor.encode(text)[self.max_tokens :])
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._processor.decode([int(i) for i in ids if i > NULL])
 

@@ -68,8 +68,8 @@ class Memory:
     """Bytes of one device."""
 
     arguments: float
-    temporaries: float
-    peak: float  # arguments, temporaries, program, and outputs that take no argument's place
+    temporaries: float  # what is alive beside them at the peak, the program too
+    peak: float
     limit: float  # what the chip has
 
 
@@ -135,10 +135,10 @@ def compile_program(program, arguments: tuple, mesh: jax.sharding.Mesh) -> Resul
         return Result(_out_of_memory(error, chip), False, seconds)
     seconds = time.perf_counter() - begin
     stats = compiled.memory_analysis()
-    peak = stats.argument_size_in_bytes + stats.temp_size_in_bytes
-    peak += stats.output_size_in_bytes - stats.alias_size_in_bytes
-    peak += stats.generated_code_size_in_bytes
-    memory = Memory(stats.argument_size_in_bytes, stats.temp_size_in_bytes, peak, chip.memory)
+    # The number by which the compiler refuses a program; its `temp_size` counts some memory twice.
+    peak = stats.peak_memory_in_bytes + stats.generated_code_size_in_bytes
+    arguments = stats.argument_size_in_bytes
+    memory = Memory(arguments, peak - arguments, peak, chip.memory)
     operations = list(hlo.operations(compiled.as_text()))
     return Result(
         memory,
@@ -158,7 +158,7 @@ def _out_of_memory(error: Exception, chip: chips.Chip) -> Memory | None:
     """
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", str(error))
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", str(error))
     if not found:
         return None
     used = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30, "T": 40}[found[2]]

@@ -74,21 +74,21 @@ class VAELoss:
     def __post_init__(self):
         for name, value in vars(self).items():
             if (name.endswith("_weight") or name == "adversarial_start") and value < 0:
-                raise InputError(f"vae.loss.{name}={value} is negative; use 0 to turn it off")
+                raise InputError(f"{name}={value} is negative; use 0 to turn it off")
         if not self.gradient_scales or min(self.gradient_scales) < 1:
             raise InputError(
-                f"vae.loss.gradient_scales={self.gradient_scales}; give whole numbers from 1 up"
+                f"gradient_scales={self.gradient_scales}; give whole numbers from 1 up"
             )
         shares = (self.mask_rate, *self.mask_ratios)
         if min(shares) < 0 or max(shares) > 1 or not self.mask_ratios or self.mask_block < 1:
             raise InputError(
-                f"vae.loss.mask_rate={self.mask_rate}, mask_ratios={self.mask_ratios}, mask_block="
+                f"mask_rate={self.mask_rate}, mask_ratios={self.mask_ratios}, mask_block="
                 f"{self.mask_block}; give shares from 0 to 1, and blocks of 1 latent or more"
             )
         if self.perceptual_weight and not self.perceptual_network:
             raise InputError(
-                f"vae.loss.perceptual_weight={self.perceptual_weight} needs a feature network; "
-                "give its file as vae.loss.perceptual_network, or set the weight to 0"
+                f"perceptual_weight={self.perceptual_weight} needs a feature network; "
+                "give its file as perceptual_network, or set the weight to 0"
             )
 
 
