@@ -74,7 +74,8 @@ def config_of(term: str, *, steps: int, dit_steps: int, source: str = "", quick:
         config.world.clips = 24
         config.data.validation_share = 0.25
         config.vae.model.update(channels=(8, 16), encoder_blocks=(0, 1), decoder_blocks=(0, 1))
-        config.vae.buckets.update(step_pixels=2 * 5 * 64 * 48)
+        width, height = config.vae.buckets.sizes[0]
+        config.vae.buckets.update(step_pixels=2 * 9 * width * height)
         config.dit.model.update(width=32, depth=1, heads=2, mlp_hidden=64, unroll=1)
         config.evaluation.update(batches=1, vae_clips=4)
     return json.loads(json.dumps(config.to_dict()))

@@ -35,14 +35,10 @@ def train(workdir: str, steps: int) -> None:
             raise SystemExit(done.returncode)
 
 
-def psnr_db(a, b) -> float:
-    """Of pixels in [-1, 1]."""
-    return float(-10 * np.log10(np.mean(np.square(np.asarray(a) - np.asarray(b))) / 4))
-
-
 def main(workdir: str) -> dict:
     import dataclasses
 
+    from vidsim.evaluation import reconstruction
     from vidsim.models import autoencoder
     from vidsim.stages import run as run_folder
     from vidsim.worlds import physics
@@ -52,13 +48,13 @@ def main(workdir: str) -> dict:
     world = dataclasses.replace(run.world, clips=CLIPS, formats=(FORMAT,), seed=run.world.seed + 1)
     films = [physics.render(physics.simulate(world, index)) for index in range(CLIPS)]
     video = np.stack(films).astype(np.float32) / 127.5 - 1
-    whole, tiled = (
-        psnr_db(
-            autoencoder.decode(*parts, autoencoder.encode(*parts, video, tile=tile), tile=tile),
-            video,
-        )
-        for tile in (None, TILE)
-    )
+
+    def psnr_db(tile: int | None) -> float:
+        z = autoencoder.encode(*parts, video, tile=tile)
+        error = np.asarray(autoencoder.decode(*parts, z, tile=tile)) - video
+        return reconstruction.psnr_db(127.5**2 * np.mean(np.square(error)))
+
+    whole, tiled = psnr_db(None), psnr_db(TILE)
     return claim(
         "vae.tiling_psnr_loss_db",
         whole - tiled,

@@ -1,5 +1,6 @@
 """The comparison of terms trains what it says; here without training."""
 
+import itertools
 import math
 import pathlib
 import runpy
@@ -7,6 +8,7 @@ import runpy
 import pytest
 
 from vidsim import files
+from vidsim.data import buckets
 from vidsim.stages import walk
 from vidsim.stages.run import Run
 
@@ -44,6 +46,17 @@ def test_videos_of_a_folder_are_of_four_times_the_pixels_at_every_stage(tmp_path
     assert run.data.input == str(tmp_path)
     longest = math.prod(run.vae.latent_size(17, 96, 128)) // run.dit.patch**2
     assert longest + run.text.max_tokens <= run.pack.lengths[-1]
+
+
+@pytest.mark.parametrize("of_a_folder", [False, True])
+def test_every_size_of_a_quick_comparison_has_room_in_a_step(tmp_path, of_a_folder):
+    from benchmarks import diffusability
+
+    source = str(tmp_path) if of_a_folder else ""
+    config = diffusability.config_of("none", steps=3, dit_steps=2, source=source, quick=True)
+    found = Run(config, tmp_path).buckets
+    for frames, (width, height) in itertools.product(found.frames, found.sizes):
+        assert buckets.batch_size((frames, height, width), found) > 0
 
 
 def test_the_quickstart_has_one_of_the_terms():

@@ -62,6 +62,18 @@ def test_an_export_has_one_kind_of_weights(tiny, vidsim, tmp_path):
     assert files.read_json(tmp_path / "ball.json")["weights"] == "params"
 
 
+def test_weights_of_another_export_are_told(tiny, vidsim, tmp_path):
+    """Such as after a copy that broke off, or of a folder that two runs were exported to."""
+    folder = tmp_path / "exported"
+    vidsim("export", f"--run={tiny.workdir}", f"--out={folder}")
+    facts = files.read_json(folder / "model.json")
+    facts["vae"]["latent_channels"] *= 2
+    files.write_json(folder / "model.json", facts)
+    ended = vidsim("sample", f"--run={folder}", f"--out={tmp_path / 'ball'}", "--frames=1")
+    assert ended.code == 2 and f"weights in {folder} are not of its model.json" in ended.stderr
+    assert "give the files of one export" in ended.stderr and "has shape" in ended.stderr
+
+
 def test_the_samples_of_a_run_are_requests(tiny, vidsim, tmp_path):
     cars = sorted((tiny.workdir / "samples" / "final").glob("*.json"))
     assert {files.read_json(car)["mode"] for car in cars} == {"text", "animate", "extend"}

@@ -101,7 +101,7 @@ def test_batches_that_do_not_divide_over_devices_are_refused_and_others_do_not_c
     index = [row(n, 64, 48, frames) for n, frames in enumerate([1, 9, 17])]
     config = dataclasses.replace(CONFIG, batch_multiple=2)
     assert plan_of(index, config=config, devices=2)[0] == plan_of(index, config=config)[0]
-    with pytest.raises(InputError, match=r"batch_multiple=2 .* does not divide over 4 devices"):
+    with pytest.raises(InputError, match=r"batch_multiple=2, .* does not divide over 4 devices"):
         plan_of(index, config=config, devices=4)
 
 

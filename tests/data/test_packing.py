@@ -364,8 +364,8 @@ def test_a_latent_longer_than_a_row_is_named():
         ((), 1, 1, "ascending"),
         ((64, 32), 1, 1, "ascending"),
         ((24, 64), 1, 1, "24 does not divide 64"),
-        ((64,), 0, 1, "pack.rows=0"),
-        ((64,), 1, 0, "pack.max_segments=0"),
+        ((64,), 0, 1, "^rows=0"),
+        ((64,), 1, 0, "^max_segments=0"),
     ],
 )
 def test_lengths_that_give_no_static_step_are_refused(lengths, rows, segments, message):

@@ -338,9 +338,9 @@ data.close()
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"threads": 0}, "pipeline.threads=0 is under 1"),
-        ({"prefetch": 0}, "pipeline.prefetch=0 is under 1"),
-        ({"workers": -1}, "pipeline.workers=-1 is under 0"),
+        ({"threads": 0}, "^threads=0 is under 1"),
+        ({"prefetch": 0}, "^prefetch=0 is under 1"),
+        ({"workers": -1}, "^workers=-1 is under 0"),
     ],
 )
 def test_a_pipeline_that_reads_nothing_is_refused(change, words):

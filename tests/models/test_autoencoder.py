@@ -118,11 +118,15 @@ def test_encode_and_decode_equal_the_whole_within_any_memory(case, whole, budget
 
 
 def test_a_longer_clip_compiles_nothing_new(case):
-    programs = autoencoder._decode_chunk._cache_size
-    together(autoencoder.decode_stream(*case.parts, [case.z[:, :2]]))
-    before = programs()
-    together(autoencoder.decode_stream(*case.parts, [case.z, case.z]))
-    assert programs() == before
+    for stream, program, short, long in (
+        (autoencoder.encode_stream, "_encode_chunk", case.video[:, :5], case.video),
+        (autoencoder.decode_stream, "_decode_chunk", case.z[:, :2], case.z),
+    ):
+        programs = getattr(autoencoder, program)._cache_size
+        together(stream(*case.parts, [short]))
+        before = programs()
+        together(stream(*case.parts, [long]))
+        assert programs() == before > 0
 
 
 def test_an_image_is_the_first_frame_of_a_video(case, whole):
@@ -294,6 +298,16 @@ def test_an_empty_chunk_adds_nothing_to_a_stream(case, whole):
     chunks = [case.video[:, :0], case.video[:, :5], case.video[:, 5:5], case.video[:, 5:]]
     found = together(autoencoder.encode_stream(*case.parts, chunks))
     np.testing.assert_allclose(found, whole["latents"], **ORDER_OF_SUMS)
+
+
+def test_chunks_of_a_stream_are_alike(case):
+    for other in (np.uint8(200) + np.zeros_like(case.video, np.uint8), case.video[:, :, :, 8:]):
+        # Frames that wait for the rest of their latent would be joined with others.
+        chunks = [case.video[:, :3], other[:, 3:]]
+        with pytest.raises(InputError, match=r"comes after one of float32 \(.*give all chunks"):
+            together(autoencoder.encode_stream(*case.parts, chunks))
+    with pytest.raises(InputError, match=r"comes after one of float32 \(2, .*give all chunks"):
+        together(autoencoder.decode_stream(*case.parts, [case.z, case.z[:1]]))
 
 
 @pytest.mark.parametrize("value", [np.nan, 1.5, -2.0])

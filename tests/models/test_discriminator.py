@@ -123,5 +123,5 @@ def test_of_images_only_the_judge_of_frames_is_asked(judges):
 
 @pytest.mark.parametrize("channels", [(), (8, 0)])
 def test_a_discriminator_needs_levels(channels):
-    with pytest.raises(InputError, match=r"vae.discriminator.channels=.*at least one level"):
+    with pytest.raises(InputError, match=r"channels=.*at least one level"):
         discriminator.Config(channels=channels, dtype="float32")

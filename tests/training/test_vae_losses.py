@@ -154,6 +154,7 @@ def test_every_term_that_is_on_is_logged(field):
         ({"gradient_scales": (2, 0)}, r"gradient_scales=\(2, 0\); give whole numbers"),
         ({"mask_rate": 1.5}, r"mask_rate=1.5.*shares from 0 to 1"),
         ({"mask_ratios": (0.5, -0.5)}, r"mask_ratios=\(0.5, -0.5\).*shares from 0 to 1"),
+        ({"foreground_weight": 1.0, "foreground_scale": 0.0}, r"foreground_scale=0.0 is not pos"),
         ({"mask_block": 0}, r"mask_block=0; give shares from 0 to 1, and blocks of 1"),
         ({"perceptual_weight": 1.0}, r"give its file as perceptual_network"),
     ],

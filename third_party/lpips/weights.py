@@ -60,7 +60,7 @@ def load(path: str | os.PathLike) -> FeatureNetwork:
     """
     if not pathlib.Path(path).is_file():
         raise InputError(
-            f"vae.loss.perceptual_network={str(path)!r} is no file; give a safetensors file of "
+            f"perceptual_network={str(path)!r} is no file; give a safetensors file of "
             "VGG16 and LPIPS, or set perceptual_weight to 0"
         )
     arrays = {}

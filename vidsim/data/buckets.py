@@ -106,7 +106,7 @@ def batch_size(shape: Shape, config: Config) -> int:
     batch = min(config.max_batch, config.step_pixels // each) // multiple * multiple
     if not batch:
         raise InputError(
-            f"buckets.batch_multiple={multiple} clips of {shape[0]}x{shape[1]}x{shape[2]} cost "
+            f"vae.buckets.batch_multiple={multiple} clips of {shape[0]}x{shape[1]}x{shape[2]} cost "
             f"{multiple * each}, a step has step_pixels={config.step_pixels} and "
             f"max_batch={config.max_batch}; raise these or give smaller shapes"
         )
@@ -130,7 +130,7 @@ def plan(
     """
     if config.batch_multiple % devices:
         raise InputError(
-            f"a batch is a multiple of buckets.batch_multiple={config.batch_multiple} clips, which "
+            f"vae.buckets.batch_multiple={config.batch_multiple}, of which a batch is a multiple, "
             f"does not divide over {devices} devices; use a multiple of {devices}"
         )
     members = assign(index, split, shapes)

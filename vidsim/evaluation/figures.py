@@ -158,9 +158,9 @@ def log_charts(
                 x, y = np.array(sorted(points.items()), np.float64).T
                 axes.plot(x, y, "o-", color=shade, linewidth=1.5, markersize=3.5, label=label)
             x, y = np.array([point for line in lines.values() for point in line.items()]).T
-            if x.max() > 3 * x.min():
+            if 0 < 3 * x.min() < x.max():
                 axes.set_xscale("log", base=2)
-            if y.max() > 3 * y.min():
+            if 0 < 3 * y.min() < y.max():
                 axes.set_yscale("log")
             axes.set_title(title, loc="left")
             axes.set_xlabel(x_label)

@@ -64,7 +64,6 @@ def measure(real_THWC: np.ndarray, made_THWC: np.ndarray, boxes_THW=None) -> dic
     error = np.square(real_THWC.astype(np.float64) - made_THWC)
     inside = error[boxes_THW] if boxes_THW is not None else error[:0]
     return {
-        "shape": (frames, height, width),
         "all": (float(error.sum()), error.size),
         "objects": (float(inside.sum()), inside.size),
         "ssim": ssim(real_THWC, made_THWC) if min(height, width) >= WINDOW else None,

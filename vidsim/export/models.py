@@ -82,7 +82,8 @@ def load(folder: str | os.PathLike) -> Models:
     """The models of an exported folder.
 
     Raises:
-      InputError: the folder is no export, or of a format that this version does not read.
+      InputError: the folder is no export, of a format that this version does not read, or of
+        weights of another architecture.
     """
     folder = pathlib.Path(folder)
     if not (folder / "model.json").is_file():
@@ -97,15 +98,22 @@ def load(folder: str | os.PathLike) -> Models:
     weights = {k.removeprefix("vae/"): v for k, v in arrays.items() if k.startswith("vae/")}
     named = load_file(folder / "dit.safetensors")
     values = patch_values(vae_config, dit_config)
+    try:
+        vae_params = trees.unflatten(weights, abstract_vae(vae_config))
+        dit_params = trees.unflatten(named, abstract_dit(dit_config, text, values))
+    except ValueError as error:
+        raise InputError(
+            f"weights in {folder} are not of its model.json: {error}; give the files of one export"
+        ) from error
     return Models(
         vae=vae_config,
-        vae_params=_device(trees.unflatten(weights, abstract_vae(vae_config))),
+        vae_params=_device(vae_params),
         statistics=Statistics(
             jnp.asarray(arrays["statistics/mean_C"]), jnp.asarray(arrays["statistics/std_C"])
         ),
         dit=dit_config,
         text=text,
-        dit_params=_device(trees.unflatten(named, abstract_dit(dit_config, text, values))),
+        dit_params=_device(dit_params),
         times=config.build(time_sampling.Config, facts["times"], where="times"),
         tokenizer=tokenizer.load(folder / "tokenizer.model", max_tokens=text.max_tokens),
     )

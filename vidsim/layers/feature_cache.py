@@ -79,9 +79,7 @@ class FeatureCache:
         return x_BTHWC if inside is None else jnp.where(inside, x_BTHWC, 0)
 
 
-def inside(sizes_B2: jax.Array | None, height: int, width: int) -> jax.Array | None:
+def inside(sizes_B2: jax.Array, height: int, width: int) -> jax.Array:
     """bool [B, height, width]: what lies in clips of `sizes_B2`, height and width in pixels."""
-    if sizes_B2 is None:
-        return None
     rows, columns = sizes_B2[:, 0, None, None], sizes_B2[:, 1, None, None]
     return (jnp.arange(height)[:, None] < rows) & (jnp.arange(width) < columns)

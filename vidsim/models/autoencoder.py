@@ -51,7 +51,7 @@ class Grid:
 
     @property
     def pixel_values(self) -> float:
-        """Values of the widest layer's activations for a pixel of a frame: what memory goes by."""
+        """Values of the widest block's activations for a pixel of a frame: what memory goes by."""
         raise NotImplementedError
 
     def make(self, rngs: nnx.Rngs) -> "Autoencoder":
@@ -239,7 +239,8 @@ def encode_stream(
 
     Raises:
       InputError: the sum is not 1 + k * time frames, a side is off the grid, a chunk is no batch of
-        RGB videos, a pixel is not a number in [-1, 1], a tile is too small or beside `sizes_B2`.
+        RGB videos or unlike the one before, a pixel is not a number in [-1, 1], a tile is too small
+        or beside `sizes_B2`.
     """
     if tile is not None and sizes_B2 is not None:
         raise InputError(
@@ -252,7 +253,7 @@ def encode_stream(
 
     def checked():
         nonlocal frames, size
-        for chunk in chunks:
+        for chunk in _alike(chunks):
             _check_video(chunk)
             frames, size = frames + chunk.shape[1], chunk.shape[2:4]
             config.latent_size(1, *size)
@@ -284,13 +285,13 @@ def decode_stream(
       at_once, tile: see `encode_stream`.
 
     Raises:
-      InputError: a chunk is no batch of the latents of this network, a latent is not finite, a tile
-        is too small.
+      InputError: a chunk is no batch of the latents of this network or unlike the one before, a
+        latent is not finite, a tile is too small.
     """
     config = nnx.merge(graphdef, params).config
 
     def checked():
-        for chunk in chunks:
+        for chunk in _alike(chunks):
             _check_latents(chunk, config)
             yield chunk
 
@@ -320,6 +321,21 @@ def _stream(run, chunks, time: int, at_once: int):
             y, before = run(_cut(waiting, used, count), before)
             used += count
             yield y
+
+
+def _alike(chunks):
+    """Chunks, as long as they differ in nothing but how many frames or latents they have."""
+    first = None
+    for chunk in chunks:
+        found = (chunk.shape[:1] + chunk.shape[2:], chunk.dtype)
+        first = first or found
+        if found != first:
+            (shape, dtype), (wanted, wanted_dtype) = found, first
+            raise InputError(
+                f"a chunk of {dtype} {shape} (clips, height, width, channels) comes after one of "
+                f"{wanted_dtype} {wanted}; give all chunks of a stream alike"
+            )
+        yield chunk
 
 
 def _cut(x_BTHWC, start: int, count: int):

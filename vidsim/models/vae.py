@@ -68,7 +68,7 @@ class Config(Grid):
 
     @property
     def pixel_values(self) -> float:
-        """Values of the widest layer's activations for a pixel of a frame."""
+        """Values of the widest block's activations for a pixel of a frame."""
         found, pixels = [], self.patch[0] * self.patch[1] ** 2
         for channels, (time, space) in zip(self.channels, (*self.strides, (1, 1)), strict=True):
             found.append(channels / pixels)

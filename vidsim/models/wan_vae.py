@@ -64,8 +64,11 @@ class Config(Grid):
 
     @property
     def pixel_values(self) -> float:
-        """Values of the widest layer's activations for a pixel of a frame."""
-        return max(self.encoder_width, self.decoder_width) * self.multipliers[0] / self.patch**2
+        """Values of the widest block's activations for a pixel of a frame."""
+        # With shortcuts the last level begins as wide as the one before it.
+        last = self.multipliers[1 if self.shortcuts and len(self.multipliers) > 1 else 0]
+        widest = max(self.encoder_width * self.multipliers[0], self.decoder_width * last)
+        return widest / self.patch**2
 
     def make(self, rngs: nnx.Rngs) -> "VAE":
         return VAE(self, rngs)

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 
 from vidsim import files
@@ -78,7 +79,8 @@ def sample_step(run: Run, models: generate.Models, train_state, step_number: int
     """
     params = multihost.fetch(average(run, "dit", train_state))
     if multihost.is_main():
-        models = dataclasses.replace(models, dit_params=params, tokenizer=run.words())
+        held = {"vae_params": jax.device_put(models.vae_params), "dit_params": params}
+        models = dataclasses.replace(models, tokenizer=run.words(), **held)
         requests = [
             text_request(run, prompt, run.report.seed, run.sample.sizes[0], run.sample.frames)
             for prompt in prompts(run)

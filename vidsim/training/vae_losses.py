@@ -85,6 +85,11 @@ class VAELoss:
                 f"mask_rate={self.mask_rate}, mask_ratios={self.mask_ratios}, mask_block="
                 f"{self.mask_block}; give shares from 0 to 1, and blocks of 1 latent or more"
             )
+        if self.foreground_weight and not self.foreground_scale > 0:
+            raise InputError(
+                f"foreground_scale={self.foreground_scale} is not positive; give a distance of "
+                "pixels in [-1, 1], such as 0.5, or set foreground_weight to 0"
+            )
         if self.perceptual_weight and not self.perceptual_network:
             raise InputError(
                 f"perceptual_weight={self.perceptual_weight} needs a feature network; "
