@@ -5,8 +5,8 @@
 40 layers of width 5120, and as many parameters as Wan's with its cross-attention: here prompts are
 in the row. Two clips of 81 x 720 x 1280 are 2 x 75,600 tokens at Wan's stride of 4 x 16 x 16 pixels
 a token. MaxDiffusion's step at these peaks at 40.85 GiB a device, with weights and moments in
-bfloat16 and no averages of the parameters. Here the weights are float32; there are no averages,
-either. What is not named here is as in `dit_7b.py`.
+bfloat16 and no averages of the parameters. Here weights and moments are float32, without averages,
+either, and the step peaks at 39.6 GiB. What is not named here is as in `dit_7b.py`.
 """
 
 import pathlib
