@@ -10,19 +10,20 @@ Two CPU cores with AVX-512: 13 to 15 minutes, of which the autoencoder (1.5M par
 and the transformer (4M) 9; with AVX2 alone 7 and 15. Expect 36 dB over the frame, 25 dB in the
 boxes of the balls, and a velocity error of extended clips of about half of a frozen ball's.
 
-What each term for latents that diffuse well does, alone: PSNR of held-out clips after 600 steps of
-the autoencoder on the world (240 on ten real clips, at 128x96), then errors of x0 at t = 0.5, 0.8
-and 0.95 and the velocity error, of a frozen ball's, after 240 steps of the transformer (100):
+What each term for latents that diffuse well does, alone: PSNR and SSIM of held-out clips after 600
+steps of the autoencoder on the world (240 on ten real clips, at 128x96), then errors of x0 at t =
+0.5, 0.8 and 0.95 after 240 steps of the transformer (100). Curves: docs/diffusability*.svg.
 
-                         world                               ten real clips
-    none                 33.14 dB  0.095 0.266 0.635  1.51   25.48 dB  0.295 0.521 0.632
-    correlation 0.02     33.16 dB  0.080 0.204 0.542  1.33   25.46 dB  0.284 0.500 0.613
-    equivariance 0.25    33.13 dB  0.092 0.265 0.630  1.45   25.51 dB  0.295 0.518 0.618
-    consistency 0.1      33.06 dB  0.093 0.263 0.656  1.54   25.40 dB  0.285 0.505 0.605
-    masks 0.25           30.83 dB  0.100 0.292 0.644  1.41   24.36 dB  0.321 0.612 0.702
+                      world                               ten real clips
+    none              32.87 dB 0.955  0.105 0.327 0.730   24.73 dB 0.731  0.350 0.588 0.662
+    correlation 0.02  32.99 dB 0.956  0.081 0.218 0.593   24.71 dB 0.733  0.372 0.595 0.675
+    equivariance 0.25 33.05 dB 0.957  0.106 0.330 0.736   24.77 dB 0.731  0.358 0.594 0.655
+    consistency 0.1   32.92 dB 0.956  0.103 0.314 0.741   24.91 dB 0.731  0.361 0.591 0.646
+    masks 0.25        30.64 dB 0.941  0.100 0.299 0.684   24.13 dB 0.699  0.369 0.661 0.762
 
-So local correlation is on; the others need a second pass of the decoder, or cost quality so early.
-`python -m benchmarks.diffusability` makes such a table, without the velocity error.
+So local correlation is on: balls are learned far better at no cost. On real clips, so early, the
+terms differ by a few percent, which one run each cannot tell from noise, and masks harm.
+`python -m benchmarks.diffusability` makes the table.
 
 On your own folder of videos and images instead of the world:
 
