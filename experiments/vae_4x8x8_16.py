@@ -8,7 +8,7 @@ The shape is that of Wan 2.1 (arXiv:2503.20314): widths 96 to 384, time taps 3 e
 by position and shortcuts around every change of rate. Beside the absolute error the loss has
 gradients at three scales, local correlation (SSVAE), latent consistency, scale equivariance
 (EQ-VAE), and discriminators for the second half; then the decoder is trained alone. Of the terms
-for latents that diffuse well, by the table in `quickstart.py`, local correlation helps on the world;
+for latents that diffuse well, by the table in `quickstart.py`, correlation helps on the world;
 consistency and equivariance, which papers found to help after long trainings, neither help nor harm
 in short ones, and are on; latent masks are off, which made real clips worse.
 
