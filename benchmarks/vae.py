@@ -11,6 +11,8 @@ of the width. Clips and latents are random.
 
 Where there is a GPU, speed is measured there, too, both sides on it, and what is of the CPU in a
 process that sees no GPU; without one the claims of a GPU are null.
+
+On two cores all of it takes two hours; `--part`, `--precision`, `--verb` and `--sizes` take a part.
 """
 
 import json
@@ -44,7 +46,9 @@ LARGEST = flags.DEFINE_integer("sizes", None, "Only the first so many sizes.")
 PARTS = flags.DEFINE_multi_enum("part", None, ["speed", "memory", "minute"], "Only this part.")
 ONLY_CPU = flags.DEFINE_bool("only_cpu", False, "Claim nothing of a GPU.")
 # What a process that measures its own memory is told:
-VERB = flags.DEFINE_enum("verb", "decode", VERBS, "With --probe: what to run.")
+# Of a process that measures its own memory it is what to run.
+VERB = flags.DEFINE_enum("verb", None, VERBS, "Speed of this verb alone.")
+DTYPE = flags.DEFINE_enum("precision", None, DTYPES, "Speed in this type alone.")
 DROP = flags.DEFINE_bool("drop", False, "With --probe=ours --verb=decode: keep no frames.")
 SIZE = flags.DEFINE_string("size", "17x128x128", "With --probe: FRAMESxHEIGHTxWIDTH.")
 WEIGHTS = flags.DEFINE_string("weights", None, "With --probe: the folder of the weights.")
@@ -154,15 +158,15 @@ def turns(sides: dict, count: int) -> list[str]:
     return [name for turn in range(count) for name in list(sides)[:: -1 if turn % 2 else 1]]
 
 
-def speed(folder: str, sizes, *, longest: int | None) -> dict:
+def speed(folder: str, sizes, *, longest: int | None, dtypes=DTYPES, verbs=VERBS) -> dict:
     """Frames/s by dtype, verb, size and side, and the largest differences of float32 results.
 
     Clips in bfloat16 are of `longest` frames at most.
     """
     found, difference, streamed = {}, 0.0, 0.0
-    for dtype in DTYPES:
+    for dtype in dtypes:
         sides = {"theirs": Theirs(folder, dtype), "ours": Ours(folder, dtype)}
-        for verb in VERBS:
+        for verb in verbs:
             for whole, count in zip(sizes, TURNS[dtype], strict=False):
                 make = clip if verb == "encode" else latents
                 frames = whole[0] if dtype == "float32" or not longest else min(whole[0], longest)
@@ -231,10 +235,12 @@ def ratio_claim(verb: str, what: str, rates: dict, *, goal: float, beside: dict)
     return claim(name, value, goal=goal, better="higher", beside=beside | table)
 
 
-def cpu_claims(folder: str, sizes, beside: dict) -> list[dict]:
-    found = speed(folder, sizes, longest=BFLOAT16_FRAMES)
+def cpu_claims(folder: str, sizes, beside: dict, dtypes=DTYPES, verbs=VERBS) -> list[dict]:
+    found = speed(folder, sizes, longest=BFLOAT16_FRAMES, dtypes=dtypes, verbs=verbs)
     rates = found["frames_per_s"]
-    rows = [ratio_claim(verb, "float32", rates, goal=0.8, beside=beside) for verb in VERBS]
+    rows = [ratio_claim(verb, "float32", rates, goal=0.8, beside=beside) for verb in verbs]
+    if "float32" not in dtypes:
+        return rows
     for name, value, goal in (
         ("vae.stream_max_difference", found["streamed"], 1e-4),
         ("vae.wan_equality_max_difference", found["difference"], 1e-3),
@@ -243,10 +249,12 @@ def cpu_claims(folder: str, sizes, beside: dict) -> list[dict]:
     return rows
 
 
-def gpu_claims(folder: str | None, sizes, beside: dict) -> list[dict]:
+def gpu_claims(folder: str | None, sizes, beside: dict, dtypes=DTYPES, verbs=VERBS) -> list[dict]:
     """Speed on the GPU that jax has; without a folder of weights, claims of nothing."""
-    rates = speed(folder, sizes, longest=None)["frames_per_s"] if folder else {}
-    return [ratio_claim(verb, "gpu", rates, goal=1.2, beside=beside) for verb in VERBS]
+    rates = {}
+    if folder:
+        rates = speed(folder, sizes, longest=None, dtypes=dtypes, verbs=verbs)["frames_per_s"]
+    return [ratio_claim(verb, "gpu", rates, goal=1.2, beside=beside) for verb in verbs]
 
 
 def memory_claim(folder: str, sizes, beside: dict) -> dict:
@@ -270,8 +278,13 @@ def minute_claim(folder: str, short, minute, beside: dict) -> dict:
     return claim(name, ratio, goal=1.10, better="lower", beside=beside | {"GB": peaks})
 
 
-def main(*, quick: bool = False, count: int | None = None, parts=None) -> list[dict]:
-    """The claims of `parts`, all where None; `count` keeps only the first so many sizes."""
+def main(
+    *, quick: bool = False, count: int | None = None, parts=None, dtypes=DTYPES, verbs=VERBS
+) -> list[dict]:
+    """The claims of `parts`, all where None; `count` keeps only the first so many sizes.
+
+    Speed is of `dtypes` and `verbs`.
+    """
     import jax
 
     sizes = (QUICK_SIZES if quick else SIZES)[:count]
@@ -298,9 +311,10 @@ def main(*, quick: bool = False, count: int | None = None, parts=None) -> list[d
             rows.append(memory_claim(folder, sizes, beside))
         if not parts or "speed" in parts:
             if backend == "cpu":
-                rows += cpu_claims(folder, sizes, beside)
+                rows += cpu_claims(folder, sizes, beside, dtypes, verbs)
             if not ONLY_CPU.value:
-                rows += gpu_claims(folder if backend == "gpu" else None, sizes, beside)
+                on_gpu = folder if backend == "gpu" else None
+                rows += gpu_claims(on_gpu, sizes, beside, dtypes, verbs)
     return rows
 
 
@@ -317,7 +331,13 @@ def run(_) -> None:
     else:
         # Both sides are to find memory on a GPU.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-        main(quick=QUICK.value, count=LARGEST.value, parts=PARTS.value)
+        main(
+            quick=QUICK.value,
+            count=LARGEST.value,
+            parts=PARTS.value,
+            dtypes=(DTYPE.value,) if DTYPE.value else DTYPES,
+            verbs=(VERB.value,) if VERB.value else VERBS,
+        )
 
 
 if __name__ == "__main__":

@@ -60,6 +60,17 @@ def test_rates_are_told_of_the_frames_that_were_measured(seen):
     assert ("Ours", "bfloat16", 61) in _seen_of(vae, seen, size)
 
 
+def test_a_part_alone_claims_nothing_of_the_others(seen, capsys):
+    from benchmarks import vae
+
+    rows = vae.cpu_claims("", [(5, 8, 16)], {}, ("bfloat16",), ("decode",))
+    assert [(row["claim"], row["value"]) for row in rows] == [("vae.decode_ratio_float32", None)]
+    assert {dtype for _, dtype, _ in seen} == {"bfloat16"}
+    rows = vae.cpu_claims("", [(5, 8, 16)], {}, ("float32",), ("encode",))
+    assert rows[0]["claim"] == "vae.encode_ratio_float32" and rows[0]["value"] > 0
+    assert len(rows) == 3
+
+
 def _seen_of(vae, seen, size) -> list:
     """Where clips are not to be cut short."""
     seen.clear()

@@ -15,7 +15,6 @@ import collections.abc
 import contextlib
 import dataclasses
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -25,11 +24,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from vidsim.errors import InputError
+from vidsim.layers import blending
 from vidsim.parallel import sharding
 from vidsim.parallel.sharding import ShardingRules
 
 CHUNK_VALUES = 2**22  # of a layer's activations, of what goes through `encode` and `decode` at once
-MIN_TILE = 4  # latents along a side of a tile: a quarter of it overlaps, one at least
 
 
 class Statistics(NamedTuple):
@@ -264,7 +263,7 @@ def encode_stream(
             return _encode_chunk(graphdef, params, statistics, part, before, sizes_B2)
 
     if tile is not None:
-        run = _in_tiles(run, tile, (space, 1))
+        run = blending.in_tiles(run, tile, (space, 1))
     yield from _stream(run, checked(), time, at_once)
     config.latent_size(frames, *size)
 
@@ -300,7 +299,7 @@ def decode_stream(
             return _decode_chunk(graphdef, params, statistics, part, before)
 
     if tile is not None:
-        run = _in_tiles(run, tile, (1, config.compression[1]))
+        run = blending.in_tiles(run, tile, (1, config.compression[1]))
     yield from _stream(run, checked(), 1, at_once)
 
 
@@ -393,66 +392,3 @@ def _check_latents(latents_BTHWC, config: Grid) -> None:
             "latents have values that are no finite numbers; look for where they came from: "
             "weights or statistics that are not finite give such"
         )
-
-
-def _in_tiles(run, tile: int, scale: tuple[int, int]):
-    """`run(x, before) -> (y, after)` in tiles of x, blended linearly over their overlap.
-
-    A latent is `scale[0]` positions of x along a side, `scale[1]` of y.
-
-    Raises:
-      InputError: the tile, in latents, is under `MIN_TILE`.
-    """
-    if tile < MIN_TILE:
-        raise InputError(
-            f"{tile=} is under {MIN_TILE} latents, of which a quarter overlaps; use {MIN_TILE} or "
-            "more, or None for whole frames"
-        )
-    overlap, (down, up) = tile // 4, scale
-
-    def tiled(x_BTHWC, before):
-        sides = tuple(side // down for side in x_BTHWC.shape[2:4])  # in latents, as all below
-        corners = list(itertools.product(*(_starts(side, tile, overlap) for side in sides)))
-        total = weight = None
-        after = []
-        for corner, own in zip(corners, before or [None] * len(corners), strict=True):
-            places = [
-                slice(start, min(start + tile, side))
-                for start, side in zip(corner, sides, strict=True)
-            ]
-            y, state = run(x_BTHWC[:, :, *(_scaled(place, down) for place in places)], own)
-            after.append(state)
-            if total is None:
-                height, width = (side * up for side in sides)
-                total = np.zeros((*y.shape[:2], height, width, y.shape[-1]), np.float32)
-                weight = np.zeros((height, width, 1), np.float32)
-            rows, columns = (
-                _ramp(place, side, overlap, up) for place, side in zip(places, sides, strict=True)
-            )
-            share = rows[:, None, None] * columns[:, None]
-            there = tuple(_scaled(place, up) for place in places)
-            total[:, :, *there] += np.asarray(y) * share
-            weight[there] += share
-        return total / weight, after
-
-    return tiled
-
-
-def _scaled(place: slice, by: int) -> slice:
-    return slice(place.start * by, place.stop * by)
-
-
-def _starts(side: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: equal steps, and a last one that ends with the side."""
-    if side <= tile:
-        return [0]
-    return [*range(0, side - tile, tile - overlap), side - tile]
-
-
-def _ramp(place: slice, side: int, overlap: int, up: int) -> np.ndarray:
-    """The weight along a side of a tile, `up` a latent; over the overlap it rises."""
-    size = (place.stop - place.start) * up
-    rise = np.minimum(1.0, (np.arange(size, dtype=np.float32) + 0.5) / (overlap * up))
-    low = rise if place.start else np.ones_like(rise)
-    high = rise[::-1] if place.stop < side else np.ones_like(rise)
-    return low * high
