@@ -41,10 +41,11 @@ def main(workdir: str) -> dict:
     from vidsim.evaluation import reconstruction
     from vidsim.models import autoencoder
     from vidsim.stages import run as run_folder
+    from vidsim.stages import trained
     from vidsim.worlds import physics
 
     run = run_folder.open_folder(workdir)
-    parts = run_folder.load_vae(run).autoencoder()
+    parts = trained.load_vae(run).autoencoder()
     world = dataclasses.replace(run.world, clips=CLIPS, formats=(FORMAT,), seed=run.world.seed + 1)
     films = [physics.render(physics.simulate(world, index)) for index in range(CLIPS)]
     video = np.stack(films).astype(np.float32) / 127.5 - 1

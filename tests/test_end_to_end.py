@@ -15,7 +15,7 @@ from vidsim.data import video
 from vidsim.export import models
 from vidsim.sampling import generate
 from vidsim.stages import run as run_folder
-from vidsim.stages import showing, training
+from vidsim.stages import showing, trained, training
 
 STEPS = 6
 
@@ -171,7 +171,7 @@ def test_extend_keeps_all_frames_of_the_video(tiny, vidsim, tmp_path):
 
 def test_given_frames_come_back_bit_equal(tiny):
     run = run_folder.open_folder(tiny.workdir)
-    loaded = run_folder.load_models(run)
+    loaded = trained.load_models(run)
     given = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), dtype=np.uint8)
     request = showing.text_request(run, "noise", 0, (48, 32), 9)
     extend = generate.Request(**{**vars(request), "mode": "extend", "given_THWC": given})

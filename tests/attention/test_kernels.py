@@ -162,6 +162,38 @@ def test_what_prompts_cost_grows_with_them_and_not_with_the_row():
     assert tpu.scores(0 * ids) == 0
 
 
+@pytest.mark.parametrize("order", ["rising", "shuffled", "alternating"])
+def test_every_token_is_in_one_block_whatever_the_order(order, monkeypatch):
+    monkeypatch.setattr(cpu, "BLOCK", 32)
+    ids = rising(200, 0.1, 0.3, 0.02, 0.15, 0.3)
+    if order == "shuffled":
+        ids = np.random.default_rng(1).permuted(ids, axis=1)
+    if order == "alternating":
+        ids = 1 + np.arange(400, dtype=np.int32).reshape(2, 200) % 2
+    queries = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), None).queries
+    starts, of_blocks = np.asarray(queries.starts), np.asarray(queries.ids)
+    for b, row in enumerate(ids):
+        found = [
+            start + place
+            for start, block in zip(starts[b], of_blocks[b], strict=True)
+            for place in np.flatnonzero(block > 0)
+        ]
+        np.testing.assert_array_equal(found, np.flatnonzero(row))
+        np.testing.assert_array_equal(of_blocks[b][of_blocks[b] > 0], row[row > 0])
+
+
+def test_blocks_end_where_segments_do():
+    """Of 512 tokens: two for each long segment, one each for short ones, and two share one."""
+    lengths = (1021, 893, 643, 509, 387, 317, 193, 133)
+    ids = np.repeat(np.arange(1, 9, dtype=np.int32), lengths)[None]
+    blocks = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), None)
+    own = np.asarray(blocks.queries.ids[0]) > 0
+    starts = (np.asarray(blocks.queries.starts[0]) + own.argmax(-1))[own.any(-1)]
+    ends = np.cumsum(lengths)
+    assert set(ends[:-1]) - set(starts) == {ends[5]}
+    assert int(jnp.sum(blocks.of_queries.end - blocks.of_queries.first)) == 3 * 4 + 4
+
+
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 @pytest.mark.parametrize(
     ("remat", "named"),

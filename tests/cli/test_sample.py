@@ -7,6 +7,7 @@ import pytest
 
 from vidsim import files, trees
 from vidsim.stages import run as run_folder
+from vidsim.stages import trained
 
 
 def made(ended) -> bytes:
@@ -42,7 +43,7 @@ def test_each_average_makes_its_own_sample_and_the_first_is_the_default(tiny, vi
 def test_the_autoencoder_is_the_one_that_latents_were_made_by(tiny):
     """Whatever weights of the transformer are chosen."""
     run = run_folder.open_folder(tiny.workdir)
-    average, last = (run_folder.load_models(run, weights) for weights in ("ema", "params"))
+    average, last = (trained.load_models(run, weights) for weights in ("ema", "params"))
     one, other = (trees.flatten(models.vae_params) for models in (average, last))
     assert all(np.array_equal(one[name], other[name]) for name in one)
     one, other = (trees.flatten(models.dit_params) for models in (average, last))

@@ -12,6 +12,7 @@ from vidsim.errors import InputError
 from vidsim.models import autoencoder, vae, wan_vae
 from vidsim.models.autoencoder import Statistics
 from vidsim.stages import run as run_folder
+from vidsim.stages import trained
 from vidsim.worlds import physics
 
 OWN = vae.Config(
@@ -249,7 +250,7 @@ def test_tiles_stream_as_the_whole_does(case):
 def test_tiles_of_a_trained_network_cost_no_quality(tiny):
     """There and back in tiles is as near to the film as whole, within 0.1 dB."""
     run = run_folder.open_folder(tiny.workdir)
-    parts = run_folder.load_vae(run).autoencoder()
+    parts = trained.load_vae(run).autoencoder()
     world = dataclasses.replace(run.world, formats=((160, 96, 9, 8),), seed=run.world.seed + 1)
     film = physics.render(physics.simulate(world, 0))[None]
     psnr = {}

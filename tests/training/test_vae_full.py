@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from vidsim import files, trees
 from vidsim.stages import run as run_folder
+from vidsim.stages import trained
 from vidsim.training import throughput
 
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_full.py"
@@ -25,7 +26,7 @@ def full(tiny, vidsim, tmp_path_factory):
         assert ended.code == 0, ended.stderr
         if model == "vae":
             run = run_folder.open_folder(workdir)
-            mark = run_folder.latent_mark(run, run_folder.load_vae(run), run.latents)
+            mark = trained.latent_mark(run, trained.load_vae(run), run.latents)
             statistics = (workdir / "vae" / "latent_statistics.json").read_bytes()
     return workdir, mark, statistics
 
@@ -91,15 +92,15 @@ def test_finishing_leaves_the_encoder_as_the_average_was_and_moves_the_decoder(f
 def test_latents_made_before_finishing_stay_valid(full):
     workdir, mark, _ = full
     run = run_folder.open_folder(workdir)
-    models = run_folder.load_vae(run)
-    assert run_folder.latent_mark(run, models, run.latents) == mark
+    models = trained.load_vae(run)
+    assert trained.latent_mark(run, models, run.latents) == mark
     decoder = trees.flatten(models.vae_params["decoder"])
     finished = state_of(workdir, "finish", 4)["ema"]
     for name, leaf in decoder.items():
         np.testing.assert_array_equal(np.asarray(leaf), finished[f"vae/decoder/{name}"])
     other = jax.tree.map(lambda leaf: leaf + 1, models.vae_params["encoder"])
     models.vae_params["encoder"] = other
-    assert run_folder.latent_mark(run, models, run.latents) != mark
+    assert trained.latent_mark(run, models, run.latents) != mark
 
 
 @pytest.mark.parametrize(("stage", "last", "before"), [("vae", 6, 4), ("finish", 4, 2)])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 MASKED = -1e9  # the score of what may not be seen, and the lse of a query that sees nothing
+PADDING = (-1, -2)  # the ids of padding among queries and among keys: no other side has them
 
 
 class Visits(NamedTuple):
@@ -32,7 +33,8 @@ def pad_ids(
         ids = jnp.pad(ids, ((0, 0), (0, -ids.shape[1] % block)))
         return jnp.where(ids > 0, ids, value)
 
-    return pad(q_ids_BL, q_block, -1), pad(k_ids_BM, k_block, -2)
+    of_queries, of_keys = PADDING
+    return pad(q_ids_BL, q_block, of_queries), pad(k_ids_BM, k_block, of_keys)
 
 
 def meeting(q_ids_BL: jax.Array, k_ids_BM: jax.Array, q_block: int, k_block: int) -> jax.Array:

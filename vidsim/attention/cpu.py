@@ -11,8 +11,9 @@ arXiv:2205.14135), and stand there as [keys, queries]:
 
 So every product has both operands row by row as they lie, and sums over keys add whole rows: XLA's
 products of transposed operands take twice as long on a CPU where they are bfloat16, and so do its
-sums along rows. Blocks of keys that share no segment with a block of queries are not visited: the
-cost follows the segments, not the row. A row of one block is one batch of products over all heads.
+sums along rows. Blocks of keys that share no segment with a block of queries are not visited, and
+blocks end where segments do: the cost follows the segments, not the row. A row of one block is one
+batch of products over all heads.
 """
 
 # B batch, L queries, M keys, N heads, K head dim, H = B * N; i, j: blocks of queries, of keys
@@ -26,21 +27,30 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from vidsim.attention import tiles as sliding
-from vidsim.attention.blocks import MASKED, Visits, meeting, pad_ids, visits
+from vidsim.attention.blocks import MASKED, PADDING, Visits, meeting, pad_ids, visits
 
 BLOCK = 512  # most queries, or keys, of a block: its scores stay in the second-level cache
 LINE = 16  # numbers of a cache line
 
 
+class _Side(NamedTuple):
+    """Rows of queries, or of keys, cut into blocks."""
+
+    size: int  # tokens of a block, and of its neighbours where it has fewer
+    starts: jax.Array  # [B, i]
+    ids: jax.Array  # [B, i, size], of padding and of neighbours' tokens what the other side has not
+
+    @property
+    def count(self) -> int:
+        """Blocks of a row."""
+        return self.starts.shape[1]
+
+
 class _Blocks(NamedTuple):
     """How rows are cut, and which blocks of each side meet some of the other."""
 
-    queries: int  # in a block
-    keys: int
-    i: int  # blocks
-    j: int
-    q_ids: jax.Array  # [B, i * queries], of padding what no key has
-    k_ids: jax.Array
+    queries: _Side
+    keys: _Side
     of_queries: Visits  # of blocks of keys
     of_keys: Visits
     alike: jax.Array  # bool [B, i, j]: both blocks are of one and the same segment
@@ -48,7 +58,11 @@ class _Blocks(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether rows are of one block."""
-        return self.i == self.j == 1
+        return self.queries.count == self.keys.count == 1
+
+    def same(self, b, i, j) -> jax.Array:
+        """bool [M, L]: which keys and queries of two blocks are of one segment."""
+        return self.keys.ids[b, j][:, None] == self.queries.ids[b, i]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -74,16 +88,16 @@ def attend(
 def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles):
     B, L, N, K = q_BLNK.shape
     blocks = _cut(q_ids_BL, k_ids_BM, tiles)
-    qT_HKL = _columns(q_BLNK * K**-0.5, blocks.q_ids)
-    k_HMK, vT_HKM = _rows(k_BMNK, blocks.k_ids), _columns(v_BMNK, blocks.k_ids)
+    qT_HKL = _columns(q_BLNK * K**-0.5)
+    k_HMK, vT_HKM = _rows(k_BMNK), _columns(v_BMNK)
     if blocks.whole:
-        same = _same(blocks.k_ids, blocks.q_ids, heads=N)
+        same = _all_same(blocks, N)
         seen = _see(_nothing(qT_HKL), qT_HKL, k_HMK, _with_ones(vT_HKM), same)
         oT_HKL, lse_HL = _finish(seen)
     else:
         oT_HKL, lse_HL = _forward_loop(blocks, N, qT_HKL, k_HMK, _with_ones(vT_HKM))
-    o_BLNK = oT_HKL.reshape(B, N, K, -1).transpose(0, 3, 1, 2)[:, :L].astype(q_BLNK.dtype)
-    lse_BNL = lse_HL.reshape(B, N, -1)[..., :L]
+    o_BLNK = oT_HKL.reshape(B, N, K, L).transpose(0, 3, 1, 2).astype(q_BLNK.dtype)
+    lse_BNL = lse_HL.reshape(B, N, L)
     o_BLNK, lse_BNL = (checkpoint_name(x, "attended") for x in (o_BLNK, lse_BNL))
     return (o_BLNK, lse_BNL), (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL)
 
@@ -95,29 +109,22 @@ def _backward(tiles, residuals, cotangents):
     blocks = _cut(q_ids_BL, k_ids_BM, tiles)
     delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
     # Masked queries have p = 0 by the mask alone, whatever their lse.
-    lse_HL, shift_HL = (
-        _columns(x_BLN[..., None], blocks.q_ids)[:, 0]
-        for x_BLN in (lse_BNL.transpose(0, 2, 1), dlse_BNL.transpose(0, 2, 1) - delta_BLN)
-    )
+    shift_BNL = dlse_BNL - delta_BLN.transpose(0, 2, 1)
     q_BLNK = q_BLNK * K**-0.5
     of_queries = (
-        *(_columns(x_BLNK, blocks.q_ids) for x_BLNK in (q_BLNK, do_BLNK)),
-        *(_rows(x_BLNK, blocks.q_ids) for x_BLNK in (q_BLNK, do_BLNK)),
-        *(lse_HL, shift_HL),
+        *(_columns(x_BLNK) for x_BLNK in (q_BLNK, do_BLNK)),
+        *(_rows(x_BLNK) for x_BLNK in (q_BLNK, do_BLNK)),
+        *(x_BNL.reshape(B * N, L) for x_BNL in (lse_BNL, shift_BNL)),
     )
-    of_keys = (
-        *(_rows(x_BMNK, blocks.k_ids) for x_BMNK in (k_BMNK, v_BMNK)),
-        _columns(k_BMNK, blocks.k_ids),
-    )
+    of_keys = (_rows(k_BMNK), _rows(v_BMNK), _columns(k_BMNK))
     if blocks.whole:
-        same = _same(blocks.k_ids, blocks.q_ids, heads=N)
+        same = _all_same(blocks, N)
         dqT_HKL, dk_HMK, dv_HMK = _differentiate(*of_queries, *of_keys, same)
     else:
         dqT_HKL, dk_HMK, dv_HMK = _backward_loop(blocks, N, of_queries, of_keys)
-    dq_BLNK = dqT_HKL.reshape(B, N, K, -1).transpose(0, 3, 1, 2)[:, :L] * K**-0.5
-    M = k_BMNK.shape[1]
+    dq_BLNK = dqT_HKL.reshape(B, N, K, L).transpose(0, 3, 1, 2) * K**-0.5
     dk_BMNK, dv_BMNK = (
-        d_HMK.reshape(B, N, -1, K).transpose(0, 2, 1, 3)[:, :M] for d_HMK in (dk_HMK, dv_HMK)
+        d_HMK.reshape(B, N, -1, K).transpose(0, 2, 1, 3) for d_HMK in (dk_HMK, dv_HMK)
     )
     return (
         dq_BLNK.astype(q_BLNK.dtype),
@@ -182,9 +189,10 @@ def _dot(a, b):
     return jnp.matmul(a, b, preferred_element_type=jnp.float32)
 
 
-def _same(k_ids, q_ids, heads: int = 1):
-    """bool [H, M, L], or [M, L] of ids without batch."""
-    return jnp.repeat(k_ids[..., :, None] == q_ids[..., None, :], heads, axis=0)
+def _all_same(blocks: _Blocks, heads: int):
+    """bool [H, M, L], of rows of one block."""
+    same = jnp.swapaxes(blocks.keys.ids, 1, 2) == blocks.queries.ids
+    return jnp.repeat(same, heads, axis=0)
 
 
 # Long rows: head by head and block by block.
@@ -193,35 +201,33 @@ def _same(k_ids, q_ids, heads: int = 1):
 def _forward_loop(blocks: _Blocks, heads: int, qT_HKL, k_HMK, vT_HKM):
     """oT_HKL and lse_HL, float32; `vT_HKM` with ones."""
     H, K, L = qT_HKL.shape
+    queries, keys = blocks.queries, blocks.keys
 
     def of_queries(index, found):
-        h, i = index // blocks.i, index % blocks.i
-        b, start = h // heads, i * blocks.queries
-        qT = _part(qT_HKL, h, start, blocks.queries, axis=1)
-        q_ids = _part(blocks.q_ids, b, start, blocks.queries)
+        h, i = index // queries.count, index % queries.count
+        b = h // heads
+        start = queries.starts[b, i]
+        qT = _part(qT_HKL, h, start, queries.size, axis=1)
 
         def of_keys(n, seen):
             j = blocks.of_queries.at(i, n)
-            start = j * blocks.keys
-            k = _part(k_HMK, h, start, blocks.keys)
-            vT = _part(vT_HKM, h, start, blocks.keys, axis=1)
-            k_ids = _part(blocks.k_ids, b, start, blocks.keys)
+            k = _part(k_HMK, h, keys.starts[b, j], keys.size)
+            vT = _part(vT_HKM, h, keys.starts[b, j], keys.size, axis=1)
             return lax.cond(
                 blocks.alike[b, i, j],
                 lambda: _see(seen, qT, k, vT),
-                lambda: _see(seen, qT, k, vT, k_ids[:, None] == q_ids),
+                lambda: _see(seen, qT, k, vT, blocks.same(b, i, j)),
             )
 
         first, end = blocks.of_queries.first[b, i], blocks.of_queries.end[b, i]
         oT, lse = _finish(lax.fori_loop(first, end, of_keys, _nothing(qT)))
+        # Neighbours' queries see nothing here: 0 and MASKED.
         oT_HKL, lse_HL = found
-        return (
-            lax.dynamic_update_slice(oT_HKL, oT[None], (h, 0, start)),
-            lax.dynamic_update_slice(lse_HL, lse[None], (h, start)),
-        )
+        oT_HKL = _put(oT_HKL, h, start, oT, jnp.add, axis=1)
+        return oT_HKL, _put(lse_HL, h, start, lse, jnp.maximum)
 
-    empty = (jnp.zeros((H, K, L), jnp.float32), jnp.zeros((H, L), jnp.float32))
-    return lax.fori_loop(0, H * blocks.i, of_queries, empty)
+    empty = (jnp.zeros((H, K, L), jnp.float32), jnp.full((H, L), MASKED, jnp.float32))
+    return lax.fori_loop(0, H * queries.count, of_queries, empty)
 
 
 def _backward_loop(blocks: _Blocks, heads: int, of_queries, of_keys):
@@ -230,43 +236,42 @@ def _backward_loop(blocks: _Blocks, heads: int, of_queries, of_keys):
     k_HMK, v_HMK, kT_HKM = of_keys
     H, K, L = qT_HKL.shape
     M = k_HMK.shape[1]
+    queries, keys = blocks.queries, blocks.keys
 
     def one_of_keys(index, found):
-        h, j = index // blocks.j, index % blocks.j
-        b, start = h // heads, j * blocks.keys
-        k, v = (_part(x_HMK, h, start, blocks.keys) for x_HMK in (k_HMK, v_HMK))
-        kT = _part(kT_HKM, h, start, blocks.keys, axis=1)
-        k_ids = _part(blocks.k_ids, b, start, blocks.keys)
+        h, j = index // keys.count, index % keys.count
+        b = h // heads
+        start = keys.starts[b, j]
+        k, v = (_part(x_HMK, h, start, keys.size) for x_HMK in (k_HMK, v_HMK))
+        kT = _part(kT_HKM, h, start, keys.size, axis=1)
 
         def one_of_queries(n, found):
             dqT_HKL, dk, dv = found
             i = blocks.of_keys.at(j, n)
-            at = i * blocks.queries
+            at = queries.starts[b, i]
             both = (
-                *(_part(x, h, at, blocks.queries, axis=1) for x in (qT_HKL, doT_HKL)),
-                *(_part(x, h, at, blocks.queries) for x in (q_HLK, do_HLK, lse_HL, shift_HL)),
+                *(_part(x, h, at, queries.size, axis=1) for x in (qT_HKL, doT_HKL)),
+                *(_part(x, h, at, queries.size) for x in (q_HLK, do_HLK, lse_HL, shift_HL)),
                 *(k, v, kT),
             )
-            q_ids = _part(blocks.q_ids, b, at, blocks.queries)
             more_dqT, more_dk, more_dv = lax.cond(
                 blocks.alike[b, i, j],
                 lambda: _differentiate(*both),
-                lambda: _differentiate(*both, k_ids[:, None] == q_ids),
+                lambda: _differentiate(*both, blocks.same(b, i, j)),
             )
-            more_dqT += _part(dqT_HKL, h, at, blocks.queries, axis=1)
-            dqT_HKL = lax.dynamic_update_slice(dqT_HKL, more_dqT[None], (h, 0, at))
+            dqT_HKL = _put(dqT_HKL, h, at, more_dqT, jnp.add, axis=1)
             return dqT_HKL, dk + more_dk, dv + more_dv
 
         dqT_HKL, dk_HMK, dv_HMK = found
         first, end = blocks.of_keys.first[b, j], blocks.of_keys.end[b, j]
-        zeros = jnp.zeros((blocks.keys, K), jnp.float32)
+        zeros = jnp.zeros((keys.size, K), jnp.float32)
         dqT_HKL, dk, dv = lax.fori_loop(first, end, one_of_queries, (dqT_HKL, zeros, zeros))
-        dk_HMK = lax.dynamic_update_slice(dk_HMK, dk[None], (h, start, 0))
-        return dqT_HKL, dk_HMK, lax.dynamic_update_slice(dv_HMK, dv[None], (h, start, 0))
+        dk_HMK = _put(dk_HMK, h, start, dk, jnp.add)
+        return dqT_HKL, dk_HMK, _put(dv_HMK, h, start, dv, jnp.add)
 
     shapes = ((H, K, L), (H, M, K), (H, M, K))
     empty = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-    return lax.fori_loop(0, H * blocks.j, one_of_keys, empty)
+    return lax.fori_loop(0, H * keys.count, one_of_keys, empty)
 
 
 def _part(x, row, start, size: int, *, axis: int = 0):
@@ -281,47 +286,85 @@ def _part(x, row, start, size: int, *, axis: int = 0):
     return lax.bitcast_convert_type(part, x.dtype)
 
 
+def _put(x, row, start, part, join, *, axis: int = 0):
+    """x with x[row] from `start` on joined by a part."""
+    starts = [0] * part.ndim
+    starts[axis] = start
+    joined = join(_part(x, row, start, part.shape[axis], axis=axis), part)
+    return lax.dynamic_update_slice(x, joined[None], (row, *starts))
+
+
 # Rows to blocks.
 
 
 def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> _Blocks:
-    if tiles is None:
-        queries, keys = _size(q_ids_BL.shape[1]), _size(k_ids_BM.shape[1])
-        seen_ij = None
-    else:
-        queries = keys = tiles.tile_tokens
-        seen_ij = tiles.seen(q_ids_BL.shape[1], queries, keys)
-    q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, queries, keys)
-    meet_Bij = meeting(q_ids, k_ids, queries, keys)
-    _, i, j = meet_Bij.shape
+    queries, keys = (
+        _side(ids, none, tiles)
+        for ids, none in zip(pad_ids(q_ids_BL, k_ids_BM, 1, 1), PADDING, strict=True)
+    )
+    seen_ij = None if tiles is None else tiles.seen(q_ids_BL.shape[1], queries.size, keys.size)
+    q_ids_Bn, k_ids_Bn = (side.ids.reshape(len(side.ids), -1) for side in (queries, keys))
+    meet_Bij = meeting(q_ids_Bn, k_ids_Bn, queries.size, keys.size)
+    alike_Bij = (queries.ids[:, :, None, 0] == keys.ids[:, None, :, 0]) & (
+        jnp.all(queries.ids == queries.ids[..., :1], -1)[:, :, None]
+        & jnp.all(keys.ids == keys.ids[..., :1], -1)[:, None]
+    )
     of_queries = visits(meet_Bij, seen_ij)
     of_keys = visits(meet_Bij.mT, None if seen_ij is None else seen_ij.T)
-    q_blocks, k_blocks = q_ids.reshape(-1, i, queries), k_ids.reshape(-1, j, keys)
-    alike_Bij = (q_blocks[:, :, None, 0] == k_blocks[:, None, :, 0]) & (
-        jnp.all(q_blocks == q_blocks[..., :1], -1)[:, :, None]
-        & jnp.all(k_blocks == k_blocks[..., :1], -1)[:, None]
-    )
-    return _Blocks(queries, keys, i, j, q_ids, k_ids, of_queries, of_keys, alike_Bij)
+    return _Blocks(queries, keys, of_queries, of_keys, alike_Bij)
+
+
+def _side(ids_BL, none: int, tiles: sliding.Config | None) -> _Side:
+    B, L = ids_BL.shape
+    if tiles is None:
+        size = _size(L)
+        starts_Bi = _starts(ids_BL, size)
+    else:
+        size = tiles.tile_tokens
+        starts_Bi = jnp.tile(jnp.arange(0, L, size), (B, 1))
+    ends_Bi = jnp.pad(starts_Bi[:, 1:], ((0, 0), (0, 1)), constant_values=L)
+    # The last begins earlier where it would reach beyond the row.
+    first_Bi = jnp.minimum(starts_Bi, L - size)
+    places_BiL = first_Bi[..., None] + jnp.arange(size)
+    own = (starts_Bi[..., None] <= places_BiL) & (places_BiL < ends_Bi[..., None])
+    ids_BiL = jax.vmap(lambda ids, places: ids[places])(ids_BL, places_BiL)
+    return _Side(size, first_Bi, jnp.where(own, ids_BiL, none))
+
+
+def _starts(ids_BL, size: int):
+    """Where blocks start: each takes whole segments while they fit, or as much of one. [B, i]
+
+    Two neighbours hold more than `size` tokens together, which bounds how many there are.
+    """
+    B, L = ids_BL.shape
+    if size == L:
+        return jnp.zeros((B, 1), jnp.int32)
+    ends = jnp.where(ids_BL[:, 1:] != ids_BL[:, :-1], jnp.arange(1, L), 0)
+    ends = jnp.pad(ends, ((0, 0), (1, 1)), constant_values=((0, 0), (0, L)))
+    last_end = lax.cummax(ends, axis=1)  # of a segment, up to a place of 0 ... L
+
+    def following(start_B, _):
+        reach_B = jnp.minimum(start_B + size, L)
+        end_B = jnp.take_along_axis(last_end, reach_B[:, None], axis=1)[:, 0]
+        return jnp.where(end_B > start_B, end_B, reach_B), start_B
+
+    most = 2 * L // size + 1
+    return lax.scan(following, jnp.zeros(B, jnp.int32), length=most)[1].T
 
 
 def _size(length: int) -> int:
-    """Tokens of a block: at most `BLOCK`, whole cache lines, no padding where that can be."""
-    if length <= BLOCK:
-        return length
-    whole = [size for size in range(BLOCK // 2, BLOCK + 1, LINE) if length % size == 0]
+    """Tokens of a block: at most `BLOCK`, in whole cache lines, and blocks as even as can be."""
     count = -(-length // BLOCK)
-    return max(whole, default=-(-length // (count * LINE)) * LINE)
+    return length if count == 1 else -(-length // (count * LINE)) * LINE
 
 
-def _columns(x_BLNK, ids):
-    """[B * N, K, L], with tokens as columns, as many as ids."""
+def _columns(x_BLNK):
+    """[B * N, K, L], with tokens as columns."""
     B, L, N, K = x_BLNK.shape
-    x_BNKL = jnp.pad(x_BLNK.transpose(0, 2, 3, 1), ((0, 0),) * 3 + ((0, ids.shape[1] - L),))
-    return x_BNKL.reshape(B * N, K, -1)
+    return x_BLNK.transpose(0, 2, 3, 1).reshape(B * N, K, L)
 
 
-def _rows(x_BLNK, ids):
-    """[B * N, L, K], as many tokens as ids."""
+def _rows(x_BLNK):
+    """[B * N, L, K]"""
     B, L, N, K = x_BLNK.shape
-    padding = ((0, 0), (0, 0), (0, ids.shape[1] - L), (0, 0))
-    return jnp.pad(x_BLNK.transpose(0, 2, 1, 3), padding).reshape(B * N, -1, K)
+    return x_BLNK.transpose(0, 2, 1, 3).reshape(B * N, L, K)

@@ -11,6 +11,7 @@ from vidsim.errors import InputError
 from vidsim.export import models
 from vidsim.parallel import multihost
 from vidsim.stages import run as run_folder
+from vidsim.stages import trained
 
 FLAGS = flags.FLAGS
 FORMATS = ("safetensors",)
@@ -37,17 +38,17 @@ def main() -> dict:
     multihost.run_once(_check_new, "export/check")
     run = run_folder.open_folder(FLAGS.run, **experiment.READERS)
     # Every process loads, as Orbax wants; one of them writes.
-    step = run_folder.sampled_step(run)
-    loaded = run_folder.load_models(run, FLAGS.weights, step)
+    step = trained.sampled_step(run)
+    loaded = trained.load_models(run, FLAGS.weights, step)
 
     def work() -> dict:
-        trained = run_folder.trained_on(run)
+        found = trained.trained_on(run)
         about = {
             "name": run.config["name"],
             "weights": FLAGS.weights,
             "step": step,
             "sample": run.config["sample"],
-            "trained": trained and dataclasses.asdict(trained),
+            "trained": found and dataclasses.asdict(found),
         }
         models.save(loaded, FLAGS.out, about=about)
         facts = files.read_json(pathlib.Path(FLAGS.out) / "model.json")

@@ -12,7 +12,7 @@ from vidsim.cli import experiment
 from vidsim.diffusion import conditions
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
-from vidsim.stages import run as run_folder
+from vidsim.stages import trained
 
 FLAGS = flags.FLAGS
 
@@ -50,7 +50,7 @@ def main() -> dict:
     # None where the user said nothing, so that a side-car can.
     choice = modes.from_flags({n: FLAGS[n].value if FLAGS[n].present else None for n in names})
     # Every process loads, as Orbax wants; one of them samples and writes.
-    opened = run_folder.open_models(
+    opened = trained.open_models(
         choice["run"], choice["weights"], choice["step"], **experiment.READERS
     )
     models = opened.models

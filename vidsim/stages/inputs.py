@@ -6,7 +6,8 @@ from vidsim.data import latents, packing, pipeline, prepare, tfds_source
 from vidsim.parallel import multihost
 from vidsim.sampling import generate
 from vidsim.stages import curriculum, training
-from vidsim.stages.run import Run, latent_mark, load_vae
+from vidsim.stages.run import Run
+from vidsim.stages.trained import latent_mark, load_vae
 from vidsim.text import tokenizer
 from vidsim.worlds import physics as world
 

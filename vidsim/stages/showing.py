@@ -14,7 +14,8 @@ from vidsim.data.windows import commonest
 from vidsim.evaluation import evaluator, figures, physics, reconstruction, report
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
-from vidsim.stages.run import Run, average, load_models, sampled_step
+from vidsim.stages.run import Run
+from vidsim.stages.trained import average, load_models, sampled_step
 
 _SHOWN = 4  # clips beside their reconstructions
 _ON_SHEET = 5  # extended clips of one picture

@@ -34,8 +34,9 @@ from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules, mesh_axes
 from vidsim.sampling import generate
 from vidsim.stages import curriculum
-from vidsim.stages.run import Run, average, latent_mark, load_vae, vae_only
+from vidsim.stages.run import Run
 from vidsim.stages.showing import sample_step, vae_plan
+from vidsim.stages.trained import average, latent_mark, load_vae, vae_only
 from vidsim.training import (
     checkpoint,
     flops,
