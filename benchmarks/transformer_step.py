@@ -6,10 +6,11 @@ float32 masters. Text is more tokens of the row here, and goes by cross-attentio
 what products give for the backward pass and makes the rest again, a layer at a time. In bfloat16
 both hold float32 masters and multiply in bfloat16 (PyTorch by autocast, or with a model of bfloat16
 and no masters, whichever is faster). Both are warm and take turns in one process with the same
-threads; a ratio is of medians, and the smallest over the lengths is claimed. Peak memory is that of a process of its own (libraries, parameters,
-compiling and running), the largest over lengths and dtypes. The share of the machine's own rate is
-the arithmetic of the model (forward, and backward as twice that, nothing recomputed) over the best
-rate of a product of 2048 x 2048 that either library reaches in that dtype in the same run.
+threads; a ratio is of medians, and the smallest over the lengths is claimed. Peak memory is that of
+a process of its own (libraries, parameters, compiling and running), the largest over lengths and
+dtypes. The share of the machine's own rate is the arithmetic of the model (forward, and backward as
+twice that, nothing recomputed) over the best rate of a product of 2048 x 2048 that either library
+reaches in that dtype in the same run.
 """
 
 import json
