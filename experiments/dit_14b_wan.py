@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.name = "dit_14b_wan"
     config.topology = "v5p:2x2x2"
     config.mesh.update(fsdp=2, sequence=4)
-    config.dit.model.update(width=5120, depth=40, heads=40, mlp_hidden=16_000)
+    config.dit.model.update(width=5120, depth=40, heads=40, mlp_hidden=16_000, remat="full")
     config.dit.pack.update(lengths=(75_600,), rows=2, max_segments=1)
     config.dit.earlier = ()
     config.dit.optimizer.update(ema_sigma_rels=())

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
         heads=3,
         mlp_hidden=1536,
         patch=1,
-        remat="full",
+        remat="attention",  # what costs the most to make again, and little to keep
         unroll=1,
         dtype="bfloat16",
         base_width=384,
