@@ -45,10 +45,11 @@ DTYPES = ("float32", "bfloat16")
 LARGEST = flags.DEFINE_integer("sizes", None, "Only the first so many sizes.")
 PARTS = flags.DEFINE_multi_enum("part", None, ["speed", "memory", "minute"], "Only this part.")
 ONLY_CPU = flags.DEFINE_bool("only_cpu", False, "Claim nothing of a GPU.")
-# What a process that measures its own memory is told:
-# Of a process that measures its own memory it is what to run.
-VERB = flags.DEFINE_enum("verb", None, VERBS, "Speed of this verb alone.")
 DTYPE = flags.DEFINE_enum("precision", None, DTYPES, "Speed in this type alone.")
+VERB = flags.DEFINE_enum(
+    "verb", None, VERBS, "Speed of this verb alone; with --probe, what to run."
+)
+# What a process that measures its own memory is told:
 DROP = flags.DEFINE_bool("drop", False, "With --probe=ours --verb=decode: keep no frames.")
 SIZE = flags.DEFINE_string("size", "17x128x128", "With --probe: FRAMESxHEIGHTxWIDTH.")
 WEIGHTS = flags.DEFINE_string("weights", None, "With --probe: the folder of the weights.")

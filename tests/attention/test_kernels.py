@@ -162,7 +162,7 @@ def test_what_prompts_cost_grows_with_them_and_not_with_the_row():
     assert tpu.scores(0 * ids) == 0
 
 
-@pytest.mark.parametrize("order", ["rising", "shuffled", "alternating"])
+@pytest.mark.parametrize("order", ["rising", "shuffled", "alternating", "over half a block"])
 def test_every_token_is_in_one_block_whatever_the_order(order, monkeypatch):
     monkeypatch.setattr(cpu, "BLOCK", 32)
     ids = rising(200, 0.1, 0.3, 0.02, 0.15, 0.3)
@@ -170,6 +170,8 @@ def test_every_token_is_in_one_block_whatever_the_order(order, monkeypatch):
         ids = np.random.default_rng(1).permuted(ids, axis=1)
     if order == "alternating":
         ids = 1 + np.arange(400, dtype=np.int32).reshape(2, 200) % 2
+    if order == "over half a block":  # no two of them fit one: the most blocks that there can be
+        ids = 1 + np.arange(400, dtype=np.int32).reshape(2, 200) // 17
     queries = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), None).queries
     starts, of_blocks = np.asarray(queries.starts), np.asarray(queries.ids)
     for b, row in enumerate(ids):

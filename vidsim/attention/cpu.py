@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, PADDING, Visits, meeting, pad_ids, visits
 
-BLOCK = 512  # most queries, or keys, of a block: its scores stay in the second-level cache
+BLOCK = 512  # most queries, or keys, of a block: XLA works on smaller ones with one core
 LINE = 16  # numbers of a cache line
 
 
