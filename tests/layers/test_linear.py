@@ -6,11 +6,11 @@ import pytest
 from vidsim.layers.linear import gated, matmul
 
 
-def arrays(dtype):
+def arrays(dtype, inputs=24, outputs=40):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(2, 30, 24)).astype(np.float32)
-    kernel = rng.normal(size=(24, 40)).astype(np.float32)
-    g = rng.normal(size=(2, 30, 40)).astype(np.float32)
+    x = rng.normal(size=(2, 30, inputs)).astype(np.float32)
+    kernel = rng.normal(size=(inputs, outputs)).astype(np.float32)
+    g = rng.normal(size=(2, 30, outputs)).astype(np.float32)
     return jnp.asarray(x, dtype), jnp.asarray(kernel), jnp.asarray(g, dtype)
 
 
@@ -19,9 +19,10 @@ def value_and_gradient(product, x, kernel, g):
     return y, *pull(g)
 
 
+@pytest.mark.parametrize("sizes", [(24, 40), (40, 24)], ids=["widens", "narrows"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_product_and_gradient_equal_einsum_of_the_same_operands(dtype):
-    x, kernel, g = arrays(dtype)
+def test_product_and_gradient_equal_einsum_of_the_same_operands(dtype, sizes):
+    x, kernel, g = arrays(dtype, *sizes)
     found = jax.jit(value_and_gradient, static_argnums=0)(matmul, x, kernel, g)
     assert [array.dtype for array in found] == [dtype, dtype, jnp.float32]
     rounded = kernel.astype(dtype).astype(jnp.float32)
@@ -40,6 +41,13 @@ def test_products_map_over_an_axis(dtype):
     mapped = jax.vmap(matmul, in_axes=(None, 0))(x, kernels)
     one_by_one = jnp.stack([matmul(x, kernel), matmul(x, 2 * kernel)])
     np.testing.assert_array_equal(mapped.astype(np.float32), one_by_one.astype(np.float32))
+
+
+def test_the_gate_rounds_once():
+    gate, up = jnp.asarray(np.random.default_rng(0).normal(size=(2, 64, 64)), jnp.bfloat16)
+    exact = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    found = gated(gate, up).astype(jnp.float32)
+    np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16).astype(jnp.float32))
 
 
 def test_gradient_of_the_gate_is_that_of_its_formula():

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from vidsim.layers import quantised
+from vidsim.layers.kept import kept
 from vidsim.layers.parameter import parameter, weight
 from vidsim.parallel import sharding
 
@@ -18,8 +18,7 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     On a CPU the gradient of XLA's product with leading axes takes up to twice as long.
     """
-    product = _plain if x.dtype == jnp.float32 else _product
-    return product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
+    return _product(x.reshape(-1, x.shape[-1]), kernel).reshape(*x.shape[:-1], -1)
 
 
 def _plain(x, kernel):
@@ -28,10 +27,10 @@ def _plain(x, kernel):
 
 @jax.custom_vjp
 def _product(x, kernel):
-    """`_plain` of less than float32, in the one form that is fast on a CPU too.
+    """`_plain`, in the one form that is fast on a CPU too.
 
-    XLA has a fast product of bfloat16 there for operands that lie row by row and a result in
-    float32. Every other form, and so each of a gradient's, takes two to three times as long.
+    XLA has a fast product there for operands that lie row by row, or the second one by columns,
+    and a result in float32. Any other form takes up to three times as long, of bfloat16 above all.
     """
     return jax.lax.platform_dependent(x, kernel, cpu=_row_major, default=_plain)
 
@@ -41,16 +40,27 @@ def _row_major(x, kernel):
 
 
 def _row_major_gradient(x, kernel, g):
-    by_x = _dot(g, _transposed(kernel.astype(x.dtype))).astype(x.dtype)
-    return by_x, _dot(_transposed(x), g).astype(kernel.dtype)
+    by_x = _dot(g, kernel.astype(x.dtype), over=1).astype(x.dtype)
+    # The narrower one is turned: what made the wider one would be made column by column with it.
+    if x.shape[1] > g.shape[1]:
+        by_kernel = _rows(_dot(_transposed(g), x)).T
+    else:
+        by_kernel = _dot(_transposed(x), g)
+    return by_x, by_kernel.astype(kernel.dtype)
 
 
-def _dot(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+def _dot(a, b, over=0):
+    """a @ b, or a @ b.T where it is `over` the second axis of b; float32."""
+    axes = (((1,), (over,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
 def _transposed(x):
-    return with_layout_constraint(x.T, Layout(major_to_minor=(0, 1)))
+    return _rows(x.T)
+
+
+def _rows(x):
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 1)))
 
 
 def _gradient(residuals, g):
@@ -96,15 +106,17 @@ class Linear(nnx.Module):
 
 @jax.custom_vjp
 def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, of which nothing but the two waits for the backward pass."""
-    return jax.nn.silu(gate) * up
+    """silu(gate) * up in float32 inside; nothing but the two waits for the backward pass."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up).astype(gate.dtype)
 
 
 def _gated_gradient(residuals, g):
     # Without the barrier XLA finds the sigmoid of the forward pass the same, and keeps it.
-    (gate, up), g = jax.lax.optimization_barrier((residuals, g))
+    residuals = jax.lax.optimization_barrier((*residuals, g))
+    gate, up, g = (x.astype(jnp.float32) for x in residuals)
     sigmoid = jax.nn.sigmoid(gate)
-    return g * up * sigmoid * (1 + gate * (1 - sigmoid)), g * gate * sigmoid
+    by_gate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return by_gate.astype(residuals[0].dtype), (g * gate * sigmoid).astype(residuals[1].dtype)
 
 
 gated.defvjp(lambda gate, up: (gated(gate, up), (gate, up)), _gated_gradient)
@@ -120,5 +132,5 @@ class SwiGLU(nnx.Module):
         self.down = Linear(hidden, width, axes=("mlp", "embed"), **kind)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        gate, up = (checkpoint_name(f(x), "mlp_hidden") for f in (self.gate, self.up))
+        gate, up = (kept(f(x), "mlp_hidden") for f in (self.gate, self.up))
         return self.down(gated(gate, up))

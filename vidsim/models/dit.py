@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from vidsim import config as configs
 from vidsim.attention import segments
@@ -28,6 +27,7 @@ from vidsim.attention import tiles as sliding
 from vidsim.diffusion import flow
 from vidsim.errors import InputError
 from vidsim.layers import quantised
+from vidsim.layers.kept import kept
 from vidsim.layers.linear import Linear, SwiGLU, xavier
 from vidsim.layers.norms import rms_normalise
 from vidsim.layers.parameter import parameter
@@ -202,20 +202,20 @@ class Block(nnx.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             chosen_BLS @ modulation_BS6D[:, :, i] for i in range(MODULATIONS)
         )
-        x_BLD = checkpoint_name(x_BLD, "layer_input")
+        x_BLD = kept(x_BLD, "layer_input")
         h = rms_normalise(x_BLD) * (1 + scale_a) + shift_a
         q, k, v = (
-            checkpoint_name(f(h), "qkv").reshape(B, L, -1, D // self.heads)
+            kept(f(h), "qkv").reshape(B, L, -1, D // self.heads)
             for f in (self.query, self.key, self.value)
         )
         rotation = angles(tokens.positions_BL3, D // self.heads)
         q = rotate(rms_normalise(q) * self.query_scale[...].astype(q.dtype), rotation)
         k = rotate(rms_normalise(k) * self.key_scale[...].astype(k.dtype), rotation)
         attended = segments.attend(q, k, v, tokens.segment_ids_BL, tiles)
-        attended = checkpoint_name(self.out(attended.reshape(B, L, -1)), "attention_out")
+        attended = kept(self.out(attended.reshape(B, L, -1)), "attention_out")
         x_BLD = x_BLD + gate_a * attended
         h = rms_normalise(x_BLD) * (1 + scale_m) + shift_m
-        return x_BLD + gate_m * checkpoint_name(self.mlp(h), "mlp_out")
+        return x_BLD + gate_m * kept(self.mlp(h), "mlp_out")
 
 
 class DiT(nnx.Module):

@@ -151,6 +151,12 @@ def current() -> Placement | None:
     return _placement.value
 
 
+def platform() -> str:
+    """Of the devices that a program is traced for, such as "cpu"."""
+    placement = current()
+    return placement.mesh.devices.flat[0].platform if placement else jax.default_backend()
+
+
 def constrain(x: jax.Array, logical_axes: tuple[str | None, ...]) -> jax.Array:
     """`x`, laid out on the mesh in use as its axes say.
 
@@ -185,6 +191,8 @@ def spread(call: Callable, module: nnx.Module, inputs: list, axes: list, out: Ax
         with _placement(placement._replace(local=True)):
             return call(nnx.merge(graphdef, params), *inputs)
 
+    if mesh.size == 1:  # XLA on a CPU copies what it sums over one device
+        return run(params, inputs)
     specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(mesh, rules, params))
     split = jax.tree.map(spec_of, axes, inputs, is_leaf=lambda node: type(node) is tuple)
     program = jax.shard_map(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from vidsim import trees
+from vidsim import compiling, trees
 from vidsim.errors import InputError
 from vidsim.parallel import multihost, sharding
 from vidsim.parallel.sharding import ShardingRules
@@ -126,6 +126,7 @@ def make_step(
         in_shardings=(state_shardings, None, whole),
         out_shardings=(state_shardings, whole),
         donate_argnums=0,
+        compiler_options=compiling.options_for(mesh),
     )
     constants = multihost.place(constants, jax.tree.map(lambda _: whole, constants))
     return lambda state, batch: compiled(state, batch, constants)
