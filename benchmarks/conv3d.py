@@ -70,7 +70,7 @@ def least_seconds(programs: dict, shape, channels: int, mesh) -> dict[str, float
         jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=whole)
         for size in (shape, (3, 3, 3, shape[-1], channels))
     )
-    compiled = (aot.compile_program(run, (x, kernel), mesh) for run in programs.values())
+    compiled = (aot.compile_program(run.lower(x, kernel), mesh) for run in programs.values())
     return {
         way: one.estimate.scheduled for way, one in zip(programs, compiled, strict=True) if one.fits
     }

@@ -12,10 +12,25 @@ def cache_in(folder: str | os.PathLike) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def options_for(mesh: jax.sharding.Mesh) -> dict[str, bool]:
-    """Compiler options of programs that update a state in place.
+# Exchanges beside what computes: gathers of weights as such, not as sums, and in the steps of other
+# fusions, as MaxText sets them (github.com/AI-Hypercomputer/maxtext), and those of heads.
+_TPU = (
+    "xla_enable_async_all_gather",
+    "xla_enable_async_all_reduce",
+    "xla_enable_async_collective_permute",
+    "xla_tpu_enable_async_all_to_all",
+    "xla_tpu_enable_async_collective_fusion",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps",
+    "xla_tpu_overlap_compute_collective_tc",
+    "xla_tpu_prefer_async_allgather_to_allreduce",
+)
+# Otherwise the moments of an optimizer, and what a scan keeps, are copied before they change.
+_CPU = ("xla_cpu_copy_insertion_use_region_analysis",)
 
-    On a CPU XLA copies an optimizer's moments first, and what scans keep, unless it looks closer.
-    """
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return {"xla_cpu_copy_insertion_use_region_analysis": True} if on_cpu else {}
+
+def options_for(mesh: jax.sharding.Mesh) -> dict[str, bool]:
+    """What XLA is told of a training step on the devices of a mesh."""
+    names = {"tpu": _TPU, "cpu": _CPU}.get(mesh.devices.flat[0].platform, ())
+    return dict.fromkeys(names, True)

@@ -96,17 +96,13 @@ def test_a_program_that_is_too_large_is_told_by_how_much(message):
 
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
-    class Program:
-        def lower(self, *arguments):
-            return Lowered()
-
     import types
 
     import numpy as np
 
     device = types.SimpleNamespace(device_kind="TPU v5")
     mesh = types.SimpleNamespace(devices=np.array([device]))
-    result = aot.compile_program(Program(), (), mesh)
+    result = aot.compile_program(Lowered(), mesh)
     assert not result.fits
     assert result.memory.peak == 120.5 * chips.GIB
     assert result.estimate is None

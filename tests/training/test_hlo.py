@@ -155,6 +155,67 @@ def test_a_program_of_a_tpu_is_read():
     assert not scatter.asynchronous
 
 
+# A gather that goes on in the steps of another fusion, as XLA writes it for TPU, shortened.
+CHAIN = """\
+%begin (part: bf16[32,64]) -> (bf16[32,64], bf16[128,64], u32[]) {
+  %part = bf16[32,64]{1,0} parameter(0)
+  %all-gather.1 = bf16[128,64]{1,0} all-gather(%part), replica_groups={{0,1,2,3}}, dimensions={0}, \
+frontend_attributes={chain_id="7"}
+  ROOT %started = (bf16[32,64]{1,0}, bf16[128,64]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (part.1: bf16[32,64], whole: bf16[128,64], x: bf16[16,64], w: bf16[64,8]) -> \
+(bf16[16,8], bf16[32,64], bf16[128,64], bf16[128,64]) {
+  %x = bf16[16,64]{1,0} parameter(2)
+  %w = bf16[64,8]{1,0} parameter(3)
+  %product = bf16[16,8]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+  %part.1 = bf16[32,64]{1,0} parameter(0)
+  %whole = bf16[128,64]{1,0} parameter(1)
+  %all-gather.2 = bf16[128,64]{1,0} all-gather(%part.1), replica_groups={{0,1,2,3}}, \
+dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %both = (bf16[16,8]{1,0}, bf16[32,64]{1,0}, bf16[128,64]{1,0}, bf16[128,64]{1,0}) \
+tuple(%product, %part.1, %whole, %all-gather.2)
+}
+
+%end (part.2: bf16[32,64], whole.1: bf16[128,64]) -> bf16[128,64] {
+  %part.2 = bf16[32,64]{1,0} parameter(0)
+  %whole.1 = bf16[128,64]{1,0} parameter(1)
+  %all-gather.3 = bf16[128,64]{1,0} all-gather(%part.2), replica_groups={{0,1,2,3}}, \
+dimensions={0}, frontend_attributes={chain_id="7"}
+  ROOT %gathered = bf16[128,64]{1,0} custom-call(%part.2, %whole.1, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: bf16[32,64], x: bf16[16,64], w: bf16[64,8]) -> bf16[128,64] {
+  %p = bf16[32,64]{1,0} parameter(0)
+  %x.1 = bf16[16,64]{1,0} parameter(1)
+  %w.1 = bf16[64,8]{1,0} parameter(2)
+  %start = (bf16[32,64]{1,0}, bf16[128,64]{1,0}, u32[]{:S(2)}) fusion(%p), kind=kCustom, \
+calls=%begin
+  %held = bf16[32,64]{1,0} get-tuple-element(%start), index=0
+  %half = bf16[128,64]{1,0} get-tuple-element(%start), index=1
+  %beside = bf16[16,64]{1,0} negate(%x.1)
+  %step = (bf16[16,8]{1,0}, bf16[32,64]{1,0}, bf16[128,64]{1,0}, bf16[128,64]{1,0}) \
+fusion(%held, %half, %x.1, %w.1), kind=kOutput, calls=%go_on
+  %held.1 = bf16[32,64]{1,0} get-tuple-element(%step), index=1
+  %half.1 = bf16[128,64]{1,0} get-tuple-element(%step), index=2
+  ROOT %done = bf16[128,64]{1,0} fusion(%held.1, %half.1), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_gather_in_the_steps_of_a_fusion_is_one_and_hidden_by_them_alone():
+    negated, step, gather = hlo.operations(CHAIN)
+    assert negated.collective is None and step.collective is None
+    assert step.flops == 2 * 16 * 64 * 8
+    # What the gather hands on is neither read nor written by the step.
+    assert step.bytes == 2 * (16 * 64 + 64 * 8 + 16 * 8)
+    assert gather.collective.kind == "all-gather"
+    assert gather.collective.sent == 2 * 128 * 64 * 3 / 4
+    assert gather.asynchronous and gather.hidden_by == (step,)
+
+
 @pytest.mark.parametrize(
     ("written", "group"),
     [

@@ -129,15 +129,15 @@ def init_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
 
     whole = NamedSharding(mesh, PartitionSpec())
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
-    return aot.compile_program(jax.jit(make, out_shardings=made.shardings), (key,), mesh)
+    return aot.compile_program(jax.jit(make, out_shardings=made.shardings).lower(key), mesh)
 
 
 def step_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
     """Compiles the step that trains."""
     made = training.program(run, case.task, mesh)
     now = state.abstract(case.task.make_model, made.tx, made.shardings)
-    arguments = now, place(case, mesh, made.rules)
-    return aot.compile_program(jax.jit(made.step, donate_argnums=0), arguments, mesh)
+    batch = place(case, mesh, made.rules)
+    return aot.compile_program(made.step.func.lower(*made.step.args, now, batch), mesh)
 
 
 def held(run: Run, case: Case, mesh: jax.sharding.Mesh) -> dict[str, int]:

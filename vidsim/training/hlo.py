@@ -163,20 +163,43 @@ class _Reader:
         waiting: dict[str, list[Operation]] = {}  # collectives under way -> what ran meanwhile
         started: dict[str, Collective] = {}
         for instruction in self.computations[name].values():
-            opcode = instruction.opcode
-            if opcode.endswith("-done") and instruction.operands[0] in waiting:
-                start = instruction.operands[0]
-                hidden = tuple(waiting.pop(start))
-                yield Operation(times, 0.0, 0.0, started[start], hidden, True)
+            phase, key = self.phase(instruction)
+            if phase == "done" and key in waiting:
+                yield Operation(times, 0.0, 0.0, started[key], tuple(waiting.pop(key)), True)
                 continue
-            found = list(self._one(name, instruction, times))
-            for operations in waiting.values():
-                operations += found
+            found = [] if phase == "start" else list(self._one(name, instruction, times, phase))
+            for other, meanwhile in waiting.items():
+                # A chain goes on in its own steps alone.
+                if not other.startswith(CHAIN) or other == key:
+                    meanwhile += found
             yield from found
-            if opcode.endswith("-start") and (one := self.collective(instruction)):
-                waiting[instruction.name], started[instruction.name] = [], one
+            if phase == "start":
+                waiting[key], started[key] = [], self.collective(instruction)
 
-    def _one(self, within: str, instruction: Instruction, times: int) -> Iterator[Operation]:
+    def phase(self, instruction: Instruction) -> tuple[str, str]:
+        """Of an asynchronous collective "start", "step" or "done", and its name; else "", "".
+
+        On a TPU it may be a chain of fusions, whose steps compute something else beside it.
+        """
+        opcode = instruction.opcode
+        if opcode.endswith("-done") and instruction.operands:
+            return "done", instruction.operands[0]
+        if opcode.endswith("-start") and self.collective(instruction):
+            return "start", instruction.name
+        if opcode == "fusion":
+            (called,) = instruction.called("calls")
+            inner = self.computations[called].values()
+            if chain := next(filter(None, map(_chain, inner)), None):
+                attributes = " ".join(one.attributes for one in inner)
+                for phase in ("start", "done"):
+                    if f"AsyncCollective{phase.title()}" in attributes:
+                        return phase, CHAIN + chain
+                return "step", CHAIN + chain
+        return "", ""
+
+    def _one(
+        self, within: str, instruction: Instruction, times: int, phase: str
+    ) -> Iterator[Operation]:
         opcode = instruction.opcode
         if opcode == "while":
             (condition,), (body,) = map(instruction.called, ("condition", "body"))
@@ -187,7 +210,7 @@ class _Reader:
                 yield from self.run(called, times)
         elif opcode not in FREE and not opcode.endswith(("-start", "-done")):
             moved = self.bytes(within, instruction)
-            one = self.collective(instruction)
+            one = None if phase else self.collective(instruction)
             yield Operation(times, self.flops(within, instruction), moved, one, (), False)
         elif opcode == "copy-start":
             moved = max(array.bytes for array in instruction.result[:2] if array.large)
@@ -237,7 +260,15 @@ class _Reader:
             operand = self._result_of(within, instruction.operands[int(one.argument)])
             if operand[0].large:
                 total += self._read(one, users, inner)
-        written = sum(array.bytes for array in instruction.result if array.large)
+        *_, root = inner.values()
+        made = [inner[operand] for operand in root.operands] if root.opcode == "tuple" else [root]
+        written = sum(
+            array.bytes
+            for one in made
+            if one.opcode != "parameter" and not _chain(one)  # handed on
+            for array in one.result
+            if array.large
+        )
         updates = [one for one in inner.values() if one.opcode == "dynamic-update-slice"]
         for one in updates:
             if written >= one.result[0].bytes:  # in place: all but the slice stays
@@ -248,6 +279,8 @@ class _Reader:
         """Bytes that a fusion reads of a parameter, or of what is made of it."""
         total = 0.0
         for user in users.get(one.name, ()):
+            if user.opcode == "tuple" or _chain(user):  # handed on
+                continue
             if user.opcode == "bitcast":
                 total += self._read(user, users, inner)
             elif user.opcode in ("dynamic-slice", "slice"):
@@ -278,11 +311,12 @@ class _Reader:
         """What an operation exchanges between devices."""
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in ("async", "fusion"):
-            # A reduce-scatter is a fusion of an all-reduce and a slice.
             (called,) = instruction.called("calls")
-            inner = [self.collective(one) for one in self.computations[called].values()]
-            found = next(filter(None, inner), None)
-            if found and opcode == "fusion" and found.kind == "all-reduce":
+            inner = self.computations[called].values()
+            found = next(filter(None, map(self.collective, inner)), None)
+            # A fusion of an all-reduce and a slice is a reduce-scatter.
+            slices = opcode == "fusion" and not any(map(_chain, inner))
+            if found and slices and found.kind == "all-reduce":
                 return dataclasses.replace(found, kind="reduce-scatter", sent=found.sent / 2)
             return found
         if opcode not in COLLECTIVES:
@@ -329,6 +363,15 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
     sizes = [int(size) for size in dims.split(",")]
     axes = [int(axis) for axis in order.split(",")] if order else None
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
+
+
+CHAIN = "chain "
+
+
+def _chain(instruction: Instruction) -> str | None:
+    """The name of the chain of fusions that a collective is exchanged in, if it is."""
+    found = re.search(r'\bchain_id="([^"]*)"', instruction.attributes)
+    return found and found[1]
 
 
 def _told(instruction: Instruction) -> dict | None:

@@ -1,5 +1,6 @@
 """One training step for every model: gradients, optimizer, EMAs, a guard against bad numbers."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -37,6 +38,8 @@ def make_step(
     constants: tuple = (),
 ):
     """`step(state, batch) -> (state, metrics)`, jitted once a batch shape; the state is donated.
+
+    It is a `functools.partial` of the jitted function, so that it can be lowered, too.
 
     Parameters whose names begin with one of `frozen` are constants, and so are their EMAs, to the
     bit; give `optimizer.make` the same. `constants` are trees of arrays that the objective reads
@@ -94,7 +97,7 @@ def make_step(
             lambda path, new, old: old if trees.name_of(path).startswith(frozen) else new, new, old
         )
 
-    def step(state: TrainState, batch, constants):
+    def step(constants, state: TrainState, batch):
         with sharding.using(mesh, rules):
             batch = trees.map_named(
                 lambda name, leaf: sharding.constrain(leaf, sharding.batch_axes(name, leaf)), batch
@@ -123,13 +126,13 @@ def make_step(
 
     compiled = jax.jit(
         step,
-        in_shardings=(state_shardings, None, whole),
+        in_shardings=(whole, state_shardings, None),
         out_shardings=(state_shardings, whole),
-        donate_argnums=0,
+        donate_argnums=1,
         compiler_options=compiling.options_for(mesh),
     )
     constants = multihost.place(constants, jax.tree.map(lambda _: whole, constants))
-    return lambda state, batch: compiled(state, batch, constants)
+    return functools.partial(compiled, constants)
 
 
 def _microbatches(batch, count: int, mesh: jax.sharding.Mesh, rules: ShardingRules):
