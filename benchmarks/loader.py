@@ -194,9 +194,8 @@ def training(folder: pathlib.Path) -> dict:
 
     from experiments import quickstart
     from vidsim.parallel import multihost
-    from vidsim.stages import claims, walk
+    from vidsim.stages import claims, tasks, training, walk
     from vidsim.stages import run as runs
-    from vidsim.stages import training as stages
     from vidsim.training import state, step
 
     logging.set_verbosity(logging.WARNING)
@@ -208,10 +207,10 @@ def training(folder: pathlib.Path) -> dict:
     claims.claim(run)
     for stage in ("worlds", "prepare", "tokenizer", "vae", "encode"):
         walk.do(run, stage)
-    made = stages.dit_training(run)
+    made = tasks.dit_training(run)
     cache = latents.Latents(run.path("latents"))
     counts = pipeline.token_counts(cache.index, run.words(), run.dit.patch)
-    block_steps = stages.pack_plan(run, cache.index, counts, "train", run.mix, run.pack).block_steps
+    block_steps = tasks.pack_plan(run, cache.index, counts, "train", run.mix, run.pack).block_steps
     data = made.batches(0)
     for _ in range(50):
         next(data)
@@ -221,7 +220,7 @@ def training(folder: pathlib.Path) -> dict:
     packs_a_second = 500 / (time.perf_counter() - begin)
     data.close()
 
-    tx, rules, shardings, step_fn = stages.program(run, made, run.mesh)
+    tx, rules, shardings, step_fn = training.program(run, made, run.mesh)
     now = state.create(made.make_model, tx, jax.random.key(0), shardings)
     local = made.batches(0)
     data = (

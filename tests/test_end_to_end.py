@@ -15,7 +15,7 @@ from vidsim.data import video
 from vidsim.export import models
 from vidsim.sampling import generate
 from vidsim.stages import run as run_folder
-from vidsim.stages import showing, trained, training
+from vidsim.stages import showing, tasks, trained
 
 STEPS = 6
 
@@ -109,7 +109,7 @@ def test_prompts_are_sampled_at_every_evaluation(tiny):
 
 def test_a_step_is_noted_as_evaluated_only_after_its_samples_are_made(tiny):
     run = run_folder.open_folder(tiny.workdir)
-    assert list(training.dit_training(run).evaluators(run)) == ["samples", "val"]
+    assert list(tasks.dit_training(run).evaluators(run)) == ["samples", "val"]
 
 
 @pytest.mark.parametrize("name", ["vae", "dit"])

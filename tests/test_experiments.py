@@ -15,7 +15,7 @@ from vidsim.data import buckets, packing
 from vidsim.export import models
 from vidsim.parallel import mesh
 from vidsim.parallel.sharding import ShardingRules
-from vidsim.stages import training
+from vidsim.stages import tasks
 from vidsim.stages.run import Run
 from vidsim.training import state
 
@@ -90,7 +90,7 @@ def test_an_autoencoder_and_its_judges_divide_over_devices(name, devices, tmp_pa
     axes = dict.fromkeys(mesh.AXES, 1) | {"fsdp": devices}
     drawn = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
     for stage in ("vae", "finish"):
-        make_model = training.vae_task(run, stage).make_model
+        make_model = tasks.vae_task(run, stage).make_model
         shapes = trees.flatten(state.abstract_params(make_model))
         found = state.shardings_of_params(make_model, drawn, ShardingRules())
         held = sum(
@@ -114,7 +114,7 @@ def test_latents_are_measured_on_clips_as_large_as_those_of_training(name, tmp_p
 def test_a_transformer_is_as_large_as_its_name_says_and_divides_over_its_slice(name, tmp_path):
     millions, devices = TRANSFORMERS[name]
     run = run_of(FOLDER / f"{name}.py", tmp_path)
-    make_model = training.dit_task(run).make_model
+    make_model = tasks.dit_task(run).make_model
     count = trees.count(state.abstract_params(make_model))
     assert count / 1e6 == pytest.approx(millions, rel=0.05)
 
@@ -126,7 +126,7 @@ def test_a_transformer_is_as_large_as_its_name_says_and_divides_over_its_slice(n
     assert math.prod(axes.values()) == devices
     drawn = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
     for phase in run.phases:
-        training.check_divides(phase.pack.rows, phase.pack.lengths, drawn)
+        tasks.check_divides(phase.pack.rows, phase.pack.lengths, drawn)
     # Parameters are spread evenly: no large one is whole anywhere.
     found = state.shardings_of_params(make_model, drawn, ShardingRules())
     shapes = trees.flatten(state.abstract_params(make_model))
@@ -140,7 +140,7 @@ def test_a_transformer_is_as_large_as_its_name_says_and_divides_over_its_slice(n
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_longest_rows_of_a_transformer_have_a_loss(name, tmp_path):
     run = run_of(FOLDER / f"{name}.py", tmp_path)
-    task = training.dit_task(run)
+    task = tasks.dit_task(run)
     params = state.abstract_params(task.make_model)
     for phase in (run.phases[0], run.phases[-1]):
         shapes = packing.shapes(

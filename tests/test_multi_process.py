@@ -55,7 +55,7 @@ STEPS = """
     import dataclasses, json, runpy, shutil, sys
     from vidsim import compiling
     from vidsim.parallel import multihost
-    from vidsim.stages import training
+    from vidsim.stages import tasks, training
     from vidsim.stages.run import Run
 
     config, workdir = sys.argv[1:]
@@ -69,9 +69,9 @@ STEPS = """
     def train(task):
         training.train(run, dataclasses.replace(task, evaluators=lambda run: {}))
 
-    train(training.dit_training(run))  # on the latents of the autoencoder that is there
+    train(tasks.dit_training(run))  # on the latents of the autoencoder that is there
     multihost.run_once(lambda: shutil.rmtree(run.path("vae")), "another")
-    train(training.vae_training(run))
+    train(tasks.vae_training(run))
     multihost.run_once(lambda: print(json.dumps(dict(run.mesh.shape))), "mesh")
 """
 

@@ -12,8 +12,8 @@ def cache_in(folder: str | os.PathLike) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-# Exchanges beside what computes: gathers of weights as such, not as sums, and in the steps of other
-# fusions, as MaxText sets them (github.com/AI-Hypercomputer/maxtext), and those of heads.
+# Exchanges run beside what computes: gathers of weights stay gathers and go on in steps of other
+# fusions, and heads are exchanged meanwhile. WORKSPACE.md has what each list bought.
 _TPU = (
     "xla_enable_async_all_gather",
     "xla_enable_async_all_reduce",
@@ -30,7 +30,7 @@ _TPU = (
 _CPU = ("xla_cpu_copy_insertion_use_region_analysis",)
 
 
-def options_for(mesh: jax.sharding.Mesh) -> dict[str, bool]:
+def step_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
     """What XLA is told of a training step on the devices of a mesh."""
     names = {"tpu": _TPU, "cpu": _CPU}.get(mesh.devices.flat[0].platform, ())
     return dict.fromkeys(names, True)

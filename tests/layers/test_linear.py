@@ -1,3 +1,5 @@
+import textwrap
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,3 +58,29 @@ def test_gradient_of_the_gate_is_that_of_its_formula():
     formula = jax.grad(lambda pair: jnp.sum(jnp.sin(jax.nn.silu(pair[0]) * pair[1])))((gate, up))
     for found, expected in zip(ours, formula, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_a_batch_on_several_devices_gather_nothing(new_process):
+    code = """
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from vidsim.layers.linear import matmul
+        from vidsim.parallel import mesh as meshes, sharding
+
+        mesh = meshes.make(meshes.Config(fsdp=4), jax.devices())
+        batch = NamedSharding(mesh, P("fsdp"))
+        whole = NamedSharding(mesh, P())
+
+        def gradient(x, kernel):
+            with sharding.using(mesh, sharding.ShardingRules()):
+                return jax.grad(lambda w: jnp.sum(matmul(x, w) ** 2))(kernel)
+
+        program = jax.jit(gradient, in_shardings=(batch, whole), out_shardings=whole)
+        for inputs, outputs in ((24, 40), (40, 24)):
+            x, kernel = jnp.ones((8, 64, inputs)), jnp.ones((inputs, outputs))
+            text = program.lower(x, kernel).compile().as_text()
+            assert "all-reduce" in text
+            assert "all-gather" not in text
+    """
+    done = new_process("-c", textwrap.dedent(code), JAX_NUM_CPU_DEVICES="4", JAX_PLATFORMS="cpu")
+    assert done.code == 0, done.stderr

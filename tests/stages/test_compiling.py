@@ -66,7 +66,7 @@ def test_a_search_takes_of_each_mesh_and_microbatch_the_least_remat_that_fits(
         return result(120 - 10 * order - 10 * accumulate, seconds=10 - order / mesh.shape["fsdp"])
 
     monkeypatch.setattr(compiling, "step_of", step_of)
-    monkeypatch.setattr(compiling.training, "dit_task", lambda run: None)
+    monkeypatch.setattr(compiling.tasks, "dit_task", lambda run: None)
     asked = compiling.Asked(rows=4, length=64)
     told = []
     found = compiling.found(run_with, asked, slice_of(4), told.append)
@@ -132,6 +132,7 @@ def test_only_weights_and_their_layers_may_be_gathered_over_fsdp():
     exchanges = (
         gather("fsdp", depth, width, hidden),
         gather("fsdp+sequence", hidden, 1, width),  # of one layer, transposed
+        gather("fsdp", 4, width // 4, hidden),  # by device
         gather("sequence", *activation),
         gather("fsdp", *activation, kind="all-to-all"),
     )

@@ -10,7 +10,7 @@ import pytest
 from vidsim import files
 from vidsim.data import engine, filters, pipeline, prepare, video
 from vidsim.errors import InputError
-from vidsim.stages import claims, inputs, training
+from vidsim.stages import claims, inputs, tasks
 from vidsim.stages.run import Run
 from vidsim.text import tokenizer
 
@@ -125,7 +125,7 @@ def test_a_phase_of_images_alone_takes_pictures_and_one_frame_of_every_video(run
     rows = inputs.latent_plan(run, first.latents).rows
     assert sorted(row["id"] for row in rows) == ["clip 0@20", "clip 1@4", "clip 2@0"]
     counts = pipeline.token_counts(rows, run.words(), run.dit.patch)
-    plan = training.pack_plan(run, rows, counts, "train", first.mix, first.pack)
+    plan = tasks.pack_plan(run, rows, counts, "train", first.mix, first.pack)
     drawn = [piece for step in range(4) for row in plan[step].rows for piece in row]
     assert {piece.sample for piece in drawn} == {0, 1, 2}
     assert {piece.latents for piece in drawn} == {1}

@@ -11,7 +11,7 @@ import pytest
 from vidsim import files
 from vidsim.errors import InputError
 from vidsim.models import autoencoder
-from vidsim.stages import claims, training
+from vidsim.stages import claims, tasks, training
 from vidsim.stages.run import Run
 
 
@@ -35,11 +35,11 @@ def run_of(config, tmp_path):
 
 def test_a_feature_network_is_read_where_the_autoencoder_is_trained_alone(run_of):
     """Sampling and the transformer need not the file that a finished autoencoder learned by."""
-    training.vae_task(run_of())
+    tasks.vae_task(run_of())
     run = run_of(perceptual_weight=1.0, perceptual_network="lpips")
-    training.dit_task(run)
+    tasks.dit_task(run)
     assert not run_of.read
-    for needs in (training.vae_task, claims.claim):  # a folder that is new will train it
+    for needs in (tasks.vae_task, claims.claim):  # a folder that is new will train it
         with pytest.raises(InputError, match="'lpips' is no file"):
             needs(run)
     assert run_of.read == ["lpips"] * 2 and not run.path("config.json").exists()

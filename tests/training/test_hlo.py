@@ -216,6 +216,27 @@ def test_a_gather_in_the_steps_of_a_fusion_is_one_and_hidden_by_them_alone():
     assert gather.asynchronous and gather.hidden_by == (step,)
 
 
+def test_a_gather_that_ends_in_the_next_round_counts():
+    begins = CHAIN.replace("ROOT %done = bf16[128,64]{1,0} fusion(%held.1, %half.1), ", "").replace(
+        "kind=kCustom, calls=%end\n", ""
+    )
+    assert "%done" not in begins
+    *_, gather = hlo.operations(begins)
+    assert gather.collective.sent == 2 * 128 * 64 * 3 / 4
+
+
+def test_a_fusion_of_several_chains_is_refused():
+    second = 'frontend_attributes={chain_id="8"}\n  ROOT %both'
+    several = CHAIN.replace('frontend_attributes={chain_id="7"}\n  ROOT %both', second)
+    several = several.replace(
+        "  %x = bf16[16,64]{1,0} parameter(2)\n",
+        "  %x = bf16[16,64]{1,0} parameter(2)\n"
+        '  %other = bf16[16,64]{1,0} negate(%x), frontend_attributes={chain_id="7"}\n',
+    )
+    with pytest.raises(ValueError, match="fusion step is of several chains"):
+        list(hlo.operations(several))
+
+
 @pytest.mark.parametrize(
     ("written", "group"),
     [

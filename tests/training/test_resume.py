@@ -13,7 +13,7 @@ from vidsim.errors import InputError
 from vidsim.export import models
 from vidsim.stages import claims
 from vidsim.stages.run import Run
-from vidsim.stages.training import dit_training
+from vidsim.stages.tasks import dit_training
 from vidsim.training import throughput
 
 # `vidsim`, sent SIGNAL by itself as soon as the metrics of STEP are written.

@@ -9,13 +9,13 @@ import pytest
 CODE = """
     import json, runpy, sys
     import jax, numpy as np
-    from vidsim.stages import run as runs, training as trainings
+    from vidsim.stages import run as runs, tasks, training as trainings
     from vidsim.parallel import mesh as meshes, multihost
     from vidsim.training import state, step
 
     config = json.loads(json.dumps(runpy.run_path(sys.argv[3])["get_config"]().to_dict()))
     run = runs.Run(config, sys.argv[1])
-    training = getattr(trainings, sys.argv[2] + "_training")(run)
+    training = getattr(tasks, sys.argv[2] + "_training")(run)
     batches = training.batches(0)
     first = next(batches)
     same = lambda batch: jax.tree.map(np.shape, batch) == jax.tree.map(np.shape, first)

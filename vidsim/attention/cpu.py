@@ -29,7 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, PADDING, Visits, meeting, pad_ids, visits
 
-BLOCK = 512  # queries, or keys, of a block, about: XLA works on smaller ones with one core
+BLOCK = 512  # queries, or keys, of a block, about: on small ones XLA works with one core
 LINE = 16  # numbers of a cache line
 
 
@@ -353,7 +353,7 @@ def _starts(ids_BL, size: int):
 
 
 def _size(length: int) -> int:
-    """Tokens of a block: about `BLOCK`, in whole cache lines, and blocks as even as can be."""
+    """Tokens of a block: 2/3 to 3/2 of `BLOCK`, even, in cache lines; a shorter row is one."""
     count = max(round(length / BLOCK), 1)
     return length if count == 1 else -(-length // (count * LINE)) * LINE
 

@@ -40,10 +40,7 @@ def attend(
         InputError: the mesh does not divide rows, tokens or heads; it splits the keys of tiles.
     """
     placement = sharding.current()
-    platform = jax.default_backend()
-    if placement is not None:
-        platform = placement.mesh.devices.flat[0].platform
-    kernel = functools.partial(KERNELS[platform], tiles=tiles)
+    kernel = functools.partial(KERNELS[sharding.platform()], tiles=tiles)
     if placement is None:
         return kernel(q_BLNK, k_BLNK, v_BLNK, segment_ids_BL, segment_ids_BL)[0]
     mesh, rules, local = placement

@@ -39,14 +39,8 @@ def conv3d(
 
     T frames under K taps give 1 + (T - K) // time_stride frames.
     """
-    convolve = WAYS[way or fastest(_platform(), x_BTHWC.shape, kernel_THWCD.shape)]
+    convolve = WAYS[way or fastest(sharding.platform(), x_BTHWC.shape, kernel_THWCD.shape)]
     return in_place(convolve(in_place(x_BTHWC), kernel_THWCD, time_stride))
-
-
-def _platform() -> str:
-    """Of the mesh in use, which may be of devices that are not there."""
-    placement = sharding.current()
-    return placement.mesh.devices.flat[0].platform if placement else jax.default_backend()
 
 
 def in_place(x_BTHWC: jax.Array) -> jax.Array:

@@ -10,11 +10,11 @@ from vidsim.parallel import sharding
 def kept(x: jax.Array, name: str) -> jax.Array:
     """`x`, under the name that policies of remat choose it by.
 
-    On a CPU bfloat16 waits as its bits: of what a scan over layers keeps, XLA makes float32 there
-    and bfloat16 again in every layer, of all layers at once.
+    On a CPU bfloat16 waits as its bits: XLA would turn the stack that a scan over layers keeps into
+    float32 and back, whole, in every layer.
     """
     if x.dtype == jnp.bfloat16 and sharding.platform() == "cpu":
-        return _bits(x, name)
+        return _waiting_as_bits(x, name)
     return checkpoint_name(x, name)
 
 
@@ -23,5 +23,5 @@ def _as_bits(x, name):
     return jax.lax.bitcast_convert_type(bits, x.dtype)
 
 
-_bits = jax.custom_vjp(_as_bits, nondiff_argnums=(1,))
-_bits.defvjp(lambda x, name: (_as_bits(x, name), None), lambda name, _, g: (g,))
+_waiting_as_bits = jax.custom_vjp(_as_bits, nondiff_argnums=(1,))
+_waiting_as_bits.defvjp(lambda x, name: (_as_bits(x, name), None), lambda name, _, g: (g,))

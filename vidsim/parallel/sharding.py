@@ -152,7 +152,7 @@ def current() -> Placement | None:
 
 
 def platform() -> str:
-    """Of the devices that a program is traced for, such as "cpu"."""
+    """Of the mesh in use, whose devices may not be there, such as "cpu"; else of this machine."""
     placement = current()
     return placement.mesh.devices.flat[0].platform if placement else jax.default_backend()
 
@@ -191,10 +191,10 @@ def spread(call: Callable, module: nnx.Module, inputs: list, axes: list, out: Ax
         with _placement(placement._replace(local=True)):
             return call(nnx.merge(graphdef, params), *inputs)
 
-    if mesh.size == 1:  # XLA on a CPU copies what it sums over one device
-        return run(params, inputs)
     specs = jax.tree.map(lambda sharding: sharding.spec, param_shardings(mesh, rules, params))
     split = jax.tree.map(spec_of, axes, inputs, is_leaf=lambda node: type(node) is tuple)
+    if mesh.size == 1:  # sums of gradients over one device would be copies
+        return run(params, inputs)
     program = jax.shard_map(
         run, mesh=mesh, in_specs=(specs, split), out_specs=rules.spec(out), check_vma=False
     )

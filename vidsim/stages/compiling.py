@@ -21,7 +21,7 @@ from vidsim.models import dit
 from vidsim.parallel import chips
 from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
-from vidsim.stages import training
+from vidsim.stages import tasks, training
 from vidsim.stages.planning import Table
 from vidsim.stages.run import Run
 from vidsim.training import aot, flops, state, step
@@ -35,7 +35,7 @@ ACCUMULATE = (1, 2, 4, 8)
 class Case(NamedTuple):
     """What is trained on a step."""
 
-    task: training.Task
+    task: tasks.Task
     batch: dict[str, tuple[tuple[int, ...], type]]  # shape and type by name
     flops: float  # of the model
     text: str  # for people
@@ -85,7 +85,7 @@ def rows_case(run: Run, length: int | None = None, rows: int | None = None) -> C
     pairs = rows * length**2 * dit.seen(run.dit, run.text, length)
     needed = flops.of_packs(run.dit, values).of(rows * length, pairs)
     text = f"{rows} rows of {length} tokens"
-    return Case(training.dit_task(run), batch, needed, text)
+    return Case(tasks.dit_task(run), batch, needed, text)
 
 
 def clips_case(run: Run, shape: tuple[int, int, int], clips: int) -> Case:
@@ -94,7 +94,7 @@ def clips_case(run: Run, shape: tuple[int, int, int], clips: int) -> Case:
     batch = {"video_BTHWC": ((clips, *shape, 3), np.uint8)}
     needed = flops.of_autoencoder(run.vae, clips, *shape)
     text = f"{clips} clips of {'x'.join(map(str, shape))}"
-    return Case(training.vae_task(run), batch, needed, text)
+    return Case(tasks.vae_task(run), batch, needed, text)
 
 
 def place(
@@ -219,8 +219,16 @@ def activations_gathered(result: aot.Result, case: Case) -> list[str]:
         if one.kind == "all-gather" and "fsdp" in one.axes.split("+")
     )
     return [
-        str(array) for one in gathers for array in one.arrays if _sides(array.dims) not in weights
+        str(array)
+        for one in gathers
+        for array in one.arrays
+        if not weights & {_sides(array.dims), _sides(_joined(array.dims))}
     ]
+
+
+def _joined(dims: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the axis of devices that a gather may begin with."""
+    return (math.prod(dims[:2]), *dims[2:])
 
 
 def _sides(dims: tuple[int, ...]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ import jax
 from vidsim.data import latents, packing, pipeline, prepare, tfds_source
 from vidsim.parallel import multihost
 from vidsim.sampling import generate
-from vidsim.stages import curriculum, training
+from vidsim.stages import curriculum, tasks
 from vidsim.stages.run import Run
 from vidsim.stages.trained import latent_mark, load_vae
 from vidsim.text import tokenizer
@@ -65,7 +65,7 @@ def check_rows(run: Run) -> None:
         counts = pipeline.token_counts(rows, words, run.dit.patch, run.data.caption_weights)
         names = f"{where[0]}.lengths", f"{where[1]}.area={phase.latents.area}"
         packing.check_fits(counts, [row["id"] for row in rows], phase.pack, names=names)
-        training.groups_of(rows, "train", phase.mix)
+        tasks.groups_of(rows, "train", phase.mix)
 
 
 def encode_latents(run: Run) -> dict:

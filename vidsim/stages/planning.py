@@ -10,7 +10,7 @@ from vidsim.data.rows import Samples
 from vidsim.stages.curriculum import Phase
 from vidsim.stages.inputs import latent_plan
 from vidsim.stages.run import Run
-from vidsim.stages.training import pack_plan
+from vidsim.stages.tasks import pack_plan
 from vidsim.text.tokenizer import Tokenizer
 
 SHARES = ("clips", "draws", "steps", "cropped", "padded", "upscaled", "unused")

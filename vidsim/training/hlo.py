@@ -162,44 +162,57 @@ class _Reader:
     def run(self, name: str, times: int) -> Iterator[Operation]:
         waiting: dict[str, list[Operation]] = {}  # collectives under way -> what ran meanwhile
         started: dict[str, Collective] = {}
+        chains: set[str] = set()  # those under way in the steps of fusions
+
+        def ended(key: str) -> Operation:
+            return Operation(times, 0.0, 0.0, started[key], tuple(waiting.pop(key)), True)
+
         for instruction in self.computations[name].values():
-            phase, key = self.phase(instruction)
+            phase, key, chained = self.phase(instruction)
             if phase == "done" and key in waiting:
-                yield Operation(times, 0.0, 0.0, started[key], tuple(waiting.pop(key)), True)
+                yield ended(key)
                 continue
-            found = [] if phase == "start" else list(self._one(name, instruction, times, phase))
+            found = list(self._one(name, instruction, times, counted=not phase))
+            if phase == "start":
+                found = [one for one in found if one.flops]  # it may begin beside a product
             for other, meanwhile in waiting.items():
-                # A chain goes on in its own steps alone.
-                if not other.startswith(CHAIN) or other == key:
+                if other not in chains or other == key:  # a chain goes on in its own steps alone
                     meanwhile += found
             yield from found
             if phase == "start":
                 waiting[key], started[key] = [], self.collective(instruction)
+                chains |= {key} if chained else set()
+        for key in list(waiting):  # they end in the next round of a loop
+            yield ended(key)
 
-    def phase(self, instruction: Instruction) -> tuple[str, str]:
-        """Of an asynchronous collective "start", "step" or "done", and its name; else "", "".
+    def phase(self, instruction: Instruction) -> tuple[str, str, bool]:
+        """Of an asynchronous collective: its phase, its name, and whether it is a chain.
 
-        On a TPU it may be a chain of fusions, whose steps compute something else beside it.
+        On a TPU it may be a chain of fusions, whose steps compute something else beside it. The
+        phase is "start", "step" or "done"; "" of anything else.
         """
         opcode = instruction.opcode
         if opcode.endswith("-done") and instruction.operands:
-            return "done", instruction.operands[0]
+            return "done", instruction.operands[0], False
         if opcode.endswith("-start") and self.collective(instruction):
-            return "start", instruction.name
+            return "start", instruction.name, False
         if opcode == "fusion":
             (called,) = instruction.called("calls")
             inner = self.computations[called].values()
-            if chain := next(filter(None, map(_chain, inner)), None):
+            chains = set(filter(None, map(_chain, inner)))
+            if len(chains) > 1:
+                raise ValueError(f"fusion {instruction.name} is of several chains: {chains}")
+            if chains:
                 attributes = " ".join(one.attributes for one in inner)
-                for phase in ("start", "done"):
-                    if f"AsyncCollective{phase.title()}" in attributes:
-                        return phase, CHAIN + chain
-                return "step", CHAIN + chain
-        return "", ""
+                ends = ("start", "done")
+                named = [end for end in ends if f"AsyncCollective{end.title()}" in attributes]
+                return (named or ["step"])[0], chains.pop(), True
+        return "", "", False
 
     def _one(
-        self, within: str, instruction: Instruction, times: int, phase: str
+        self, within: str, instruction: Instruction, times: int, *, counted: bool
     ) -> Iterator[Operation]:
+        """What an instruction does; an exchange that its phases tell of is not `counted`."""
         opcode = instruction.opcode
         if opcode == "while":
             (condition,), (body,) = map(instruction.called, ("condition", "body"))
@@ -210,7 +223,7 @@ class _Reader:
                 yield from self.run(called, times)
         elif opcode not in FREE and not opcode.endswith(("-start", "-done")):
             moved = self.bytes(within, instruction)
-            one = None if phase else self.collective(instruction)
+            one = self.collective(instruction) if counted else None
             yield Operation(times, self.flops(within, instruction), moved, one, (), False)
         elif opcode == "copy-start":
             moved = max(array.bytes for array in instruction.result[:2] if array.large)
@@ -249,10 +262,13 @@ class _Reader:
     def _bytes_of_fusion(self, within: str, instruction: Instruction) -> float:
         (called,) = instruction.called("calls")
         inner = self.computations[called]
+        # A step of a chain hands on what the chain exchanges, neither read nor written.
+        passes = any(map(_chain, inner.values()))
         users: dict[str, list[Instruction]] = {}
         for one in inner.values():
             for operand in one.operands:
-                users.setdefault(operand, []).append(one)
+                if not (passes and (one.opcode == "tuple" or _chain(one))):
+                    users.setdefault(operand, []).append(one)
         total = 0.0
         for one in inner.values():
             if one.opcode != "parameter":
@@ -261,13 +277,14 @@ class _Reader:
             if operand[0].large:
                 total += self._read(one, users, inner)
         *_, root = inner.values()
-        made = [inner[operand] for operand in root.operands] if root.opcode == "tuple" else [root]
+        handed_on = [False] * len(instruction.result)
+        if passes and root.opcode == "tuple":
+            made = [inner[operand] for operand in root.operands]
+            handed_on = [one.opcode == "parameter" or bool(_chain(one)) for one in made]
         written = sum(
             array.bytes
-            for one in made
-            if one.opcode != "parameter" and not _chain(one)  # handed on
-            for array in one.result
-            if array.large
+            for array, untouched in zip(instruction.result, handed_on, strict=True)
+            if array.large and not untouched
         )
         updates = [one for one in inner.values() if one.opcode == "dynamic-update-slice"]
         for one in updates:
@@ -279,8 +296,6 @@ class _Reader:
         """Bytes that a fusion reads of a parameter, or of what is made of it."""
         total = 0.0
         for user in users.get(one.name, ()):
-            if user.opcode == "tuple" or _chain(user):  # handed on
-                continue
             if user.opcode == "bitcast":
                 total += self._read(user, users, inner)
             elif user.opcode in ("dynamic-slice", "slice"):
@@ -314,9 +329,9 @@ class _Reader:
             (called,) = instruction.called("calls")
             inner = self.computations[called].values()
             found = next(filter(None, map(self.collective, inner)), None)
-            # A fusion of an all-reduce and a slice is a reduce-scatter.
-            slices = opcode == "fusion" and not any(map(_chain, inner))
-            if found and slices and found.kind == "all-reduce":
+            # A fusion of an all-reduce and a slice is a reduce-scatter; a chain's is whole.
+            alone = opcode == "fusion" and not any(map(_chain, inner))
+            if found and alone and found.kind == "all-reduce":
                 return dataclasses.replace(found, kind="reduce-scatter", sent=found.sent / 2)
             return found
         if opcode not in COLLECTIVES:
@@ -363,9 +378,6 @@ def _iota(dims: str, order: str | None) -> np.ndarray:
     sizes = [int(size) for size in dims.split(",")]
     axes = [int(axis) for axis in order.split(",")] if order else None
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(axes).reshape(-1)
-
-
-CHAIN = "chain "
 
 
 def _chain(instruction: Instruction) -> str | None:

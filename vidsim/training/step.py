@@ -39,7 +39,8 @@ def make_step(
 ):
     """`step(state, batch) -> (state, metrics)`, jitted once a batch shape; the state is donated.
 
-    It is a `functools.partial` of the jitted function, so that it can be lowered, too.
+    It is a `functools.partial` of a jitted function with compiler options: call it, or lower it by
+    `.func.lower(*.args, state, batch)`, but not within another jit.
 
     Parameters whose names begin with one of `frozen` are constants, and so are their EMAs, to the
     bit; give `optimizer.make` the same. `constants` are trees of arrays that the objective reads
@@ -129,7 +130,7 @@ def make_step(
         in_shardings=(whole, state_shardings, None),
         out_shardings=(state_shardings, whole),
         donate_argnums=1,
-        compiler_options=compiling.options_for(mesh),
+        compiler_options=compiling.step_options(mesh),
     )
     constants = multihost.place(constants, jax.tree.map(lambda _: whole, constants))
     return functools.partial(compiled, constants)
