@@ -9,9 +9,7 @@ import numpy as np
 import optax
 
 from vidsim import files, trees
-from vidsim.data import (
-    windows,
-)
+from vidsim.data import windows
 from vidsim.errors import InputError
 from vidsim.export import models as exported
 from vidsim.parallel import multihost
