@@ -18,7 +18,6 @@ _TPU = (
     "xla_enable_async_all_gather",
     "xla_enable_async_all_reduce",
     "xla_enable_async_collective_permute",
-    "xla_tpu_enable_async_all_to_all",
     "xla_tpu_enable_async_collective_fusion",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
@@ -26,11 +25,16 @@ _TPU = (
     "xla_tpu_overlap_compute_collective_tc",
     "xla_tpu_prefer_async_allgather_to_allreduce",
 )
+# Not on "lite" chips: XLA refuses to compile it for some of their slices, which are no torus.
+_TPU_TORUS = ("xla_tpu_enable_async_all_to_all",)
 # Otherwise the moments of an optimizer, and what a scan keeps, are copied before they change.
 _CPU = ("xla_cpu_copy_insertion_use_region_analysis",)
 
 
 def step_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
     """What XLA is told of a training step on the devices of a mesh."""
-    names = {"tpu": _TPU, "cpu": _CPU}.get(mesh.devices.flat[0].platform, ())
+    device = mesh.devices.flat[0]
+    names = {"tpu": _TPU, "cpu": _CPU}.get(device.platform, ())
+    if device.platform == "tpu" and "lite" not in device.device_kind:
+        names += _TPU_TORUS
     return dict.fromkeys(names, True)

@@ -1,0 +1,33 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vidsim import compiling
+from vidsim.parallel import mesh as meshes
+
+
+def options(platform, kind=""):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    return compiling.step_options(types.SimpleNamespace(devices=np.array([device])))
+
+
+@pytest.mark.parametrize(
+    ("kind", "torus"), [("TPU v5", True), ("TPU v5 lite", False), ("TPU v6 lite", False)]
+)
+def test_heads_are_exchanged_beside_what_computes_where_xla_can(kind, torus):
+    found = options("tpu", kind)
+    assert ("xla_tpu_enable_async_all_to_all" in found) == torus
+    assert "xla_enable_async_all_gather" in found
+
+
+def test_a_platform_without_options_has_none():
+    assert options("gpu", "NVIDIA H100") == {}
+
+
+def test_xla_takes_the_options_of_this_machine():
+    mesh = meshes.make(meshes.Config(), jax.devices()[:1])
+    double = jax.jit(lambda x: 2 * x, compiler_options=compiling.step_options(mesh))
+    assert double(jnp.ones(())) == 2
