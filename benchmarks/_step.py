@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 
+from vidsim import compiling
 from vidsim.diffusion import time_sampling
 from vidsim.layers import rotary
 from vidsim.models import dit
@@ -61,6 +62,8 @@ class Step:
     """A transformer in training by AdamW on the first device, on one row again and again."""
 
     def __init__(self, config: dit.Config, text: encoder.Config, row: dict[str, np.ndarray]):
+        compiling.give_memory_back()  # as every verb does
+
         def make(rngs):
             return dit.DiT(config, text, row["patches_BLP"].shape[-1], rngs)
 

@@ -31,7 +31,7 @@ QUICK_SHAPE = {"width": 64, "depth": 2, "heads": 2, "mlp_hidden": 128}
 CHANNELS = 16  # of a latent
 PATCH = 2
 TEXT_FEATURES = 512
-ROUNDS = 3
+ROUNDS = 3  # of the longest row; shorter ones are timed for as long
 RATE_SIZE, QUICK_RATE_SIZE = 2048, 256
 
 LENGTHS = flags.DEFINE_integer("lengths", None, "Only the first so many lengths.")
@@ -163,7 +163,7 @@ def speed(lengths, shape: dict) -> dict:
             seconds = {name: [] for name in sides}
             for side in sides.values():
                 side.step()
-            for _ in range(ROUNDS):
+            for _ in range(ROUNDS * lengths[-1] // tokens):
                 for name, side in sides.items():
                     seconds[name].append(timed(side.step))
             found[dtype, tokens] = {

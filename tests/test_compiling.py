@@ -31,3 +31,32 @@ def test_xla_takes_the_options_of_this_machine():
     mesh = meshes.make(meshes.Config(), jax.devices()[:1])
     double = jax.jit(lambda x: 2 * x, compiler_options=compiling.step_options(mesh))
     assert double(jnp.ones(())) == 2
+
+
+def test_memory_goes_back_after_long_compiling_alone(monkeypatch):
+    trimmed, listeners = [], []
+    libc = types.SimpleNamespace(malloc_trim=trimmed.append)
+    monkeypatch.setattr(compiling.ctypes, "CDLL", lambda _: libc)
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+    compiling.give_memory_back.__wrapped__()
+    (ended,) = listeners
+    ended("/jax/core/compile/jaxpr_trace_duration", 9.0)
+    ended("/jax/core/compile/backend_compile_duration", 0.1)
+    assert not trimmed
+    ended("/jax/core/compile/backend_compile_duration", 9.0, fun_name="step")
+    assert trimmed == [0]
+
+
+def test_jax_tells_when_compiling_has_ended():
+    """By the name that `give_memory_back` waits for."""
+    events = []
+
+    def seen(event, seconds, **_):
+        events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(seen)
+    try:
+        jax.jit(lambda x: x + jnp.pi)(jnp.ones(7))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(seen)
+    assert any(event.endswith("backend_compile_duration") for event in events)

@@ -1,8 +1,12 @@
-"""How programs are compiled, and the folder that keeps them for the next verb."""
+"""How programs are compiled, the folder that keeps them for the next verb, and what that leaves."""
 
+import ctypes
+import functools
 import os
 
 import jax
+
+LONG = 0.5  # seconds of compiling that leave memory worth giving back
 
 
 def cache_in(folder: str | os.PathLike) -> None:
@@ -10,6 +14,22 @@ def cache_in(folder: str | os.PathLike) -> None:
     # The path is part of a program's key: however it is written, it must be the same.
     jax.config.update("jax_compilation_cache_dir", os.path.realpath(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@functools.cache
+def give_memory_back() -> None:
+    """From now on, what compiling leaves goes back to the system at once.
+
+    XLA frees what it compiled with, half a GB for the step of a small transformer, and glibc keeps
+    it for what asks for small pieces again; a step asks for few large ones.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+
+    def ended(event: str, seconds: float, **_) -> None:
+        if trim and event.endswith("backend_compile_duration") and seconds > LONG:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(ended)
 
 
 # Exchanges run beside what computes: gathers of weights stay gathers and go on in steps of other

@@ -21,7 +21,8 @@ FLOAT32 = {"rtol": 2e-5, "atol": 5e-6}
 @pytest.fixture
 def kernel(request, monkeypatch):
     """A kernel by name, cutting short rows into several blocks."""
-    monkeypatch.setattr(cpu, "BLOCK", 32)
+    monkeypatch.setattr(cpu, "BLOCKS", (64, 32))
+    monkeypatch.setattr(cpu, "VISIT", 0)
     monkeypatch.setattr(tpu, "BLOCK", 128)
     monkeypatch.setattr(gpu, "FORWARD", gpu._Blocks(32, 16))
     monkeypatch.setattr(gpu, "BACKWARD", gpu._Blocks(16, 32))
@@ -163,8 +164,7 @@ def test_what_prompts_cost_grows_with_them_and_not_with_the_row():
 
 
 @pytest.mark.parametrize("order", ["rising", "shuffled", "alternating", "over half a block"])
-def test_every_token_is_in_one_block_whatever_the_order(order, monkeypatch):
-    monkeypatch.setattr(cpu, "BLOCK", 32)
+def test_every_token_is_in_one_block_whatever_the_order(order):
     ids = rising(200, 0.1, 0.3, 0.02, 0.15, 0.3)
     if order == "shuffled":
         ids = np.random.default_rng(1).permuted(ids, axis=1)
@@ -172,7 +172,7 @@ def test_every_token_is_in_one_block_whatever_the_order(order, monkeypatch):
         ids = 1 + np.arange(400, dtype=np.int32).reshape(2, 200) % 2
     if order == "over half a block":  # no two of them fit one: the most blocks that there can be
         ids = 1 + np.arange(400, dtype=np.int32).reshape(2, 200) // 17
-    queries = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), None).queries
+    queries = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), (48, 48), None).queries
     starts, of_blocks = np.asarray(queries.starts), np.asarray(queries.ids)
     for b, row in enumerate(ids):
         found = [
@@ -188,12 +188,28 @@ def test_blocks_end_where_segments_do():
     """Of 512 tokens: two for each long segment, one each for short ones, and two share one."""
     lengths = (1021, 893, 643, 509, 387, 317, 193, 133)
     ids = np.repeat(np.arange(1, 9, dtype=np.int32), lengths)[None]
-    blocks = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), None)
+    blocks = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), (512, 512), None)
     own = np.asarray(blocks.queries.ids[0]) > 0
     starts = (np.asarray(blocks.queries.starts[0]) + own.argmax(-1))[own.any(-1)]
     ends = np.cumsum(lengths)
     assert set(ends[:-1]) - set(starts) == {ends[5]}
     assert int(jnp.sum(blocks.of_queries.end - blocks.of_queries.first)) == 3 * 4 + 4
+
+
+@pytest.mark.parametrize(
+    ("lengths", "size"),
+    [
+        ((4096,), 1024),
+        ((2048, 2048), 1024),
+        ((1021, 893, 643, 509, 387, 317, 193, 133), 512),
+        ((512,) * 8, 512),
+        ((1100,), 1100),
+        ((700,), 700),
+    ],
+)
+def test_blocks_are_large_where_segments_are(lengths, size):
+    ids = jnp.asarray(np.repeat(np.arange(1, len(lengths) + 1), lengths)[None])
+    assert cpu._by_cheapest(lambda blocks: jnp.array(blocks.queries.size), ids, ids, None) == size
 
 
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)

@@ -12,7 +12,8 @@ arXiv:2205.14135), and stand there as [keys, queries]:
 So every product has both operands row by row as they lie, and sums over keys add whole rows: XLA's
 products of transposed operands take twice as long on a CPU where they are bfloat16, and so do its
 sums along rows. Blocks of keys that share no segment with a block of queries are not visited, and
-blocks end where segments do: the cost follows the segments, not the row. A row of one block is one
+blocks end where segments do: the cost follows the segments, not the row. Rows of long segments are
+cut into larger blocks than those of short ones, which is known when it runs. A short row is one
 batch of products over all heads.
 """
 
@@ -29,7 +30,9 @@ from jax.ad_checkpoint import checkpoint_name
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, PADDING, Visits, meeting, pad_ids, visits
 
-BLOCK = 512  # queries, or keys, of a block, about: on small ones XLA works with one core
+# Queries, or keys, of a block, about: on smaller ones XLA works with one core.
+BLOCKS = (1024, 512)
+VISIT = 300**2  # scores that take as long as what comes with a visit
 LINE = 16  # numbers of a cache line
 
 
@@ -56,9 +59,16 @@ class _Blocks(NamedTuple):
     alike: jax.Array  # bool [B, i, j]: both blocks are of one and the same segment
 
     @property
-    def whole(self) -> bool:
-        """Whether rows are of one block."""
-        return self.queries.count == self.keys.count == 1
+    def batched(self) -> bool:
+        """Whether rows are so short that all heads are one batch."""
+        longest = max(self.queries.size, self.keys.size)
+        return self.queries.count == self.keys.count == 1 and longest <= BLOCKS[-1]
+
+    @property
+    def cost(self) -> jax.Array:
+        """In scores."""
+        count = jnp.sum(self.of_queries.end - self.of_queries.first)
+        return count.astype(jnp.float32) * (self.queries.size * self.keys.size + VISIT)
 
     def same(self, b, i, j) -> jax.Array:
         """bool [M, L]: which keys and queries of two blocks are of one segment."""
@@ -87,15 +97,16 @@ def attend(
 
 def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles):
     B, L, N, K = q_BLNK.shape
-    blocks = _cut(q_ids_BL, k_ids_BM, tiles)
     qT_HKL = _columns(q_BLNK * K**-0.5)
-    k_HMK, vT_HKM = _rows(k_BMNK), _columns(v_BMNK)
-    if blocks.whole:
-        same = _all_same(blocks, N)
-        seen = _see(_nothing(qT_HKL), qT_HKL, k_HMK, _with_ones(vT_HKM), same)
-        oT_HKL, lse_HL = _finish(seen)
-    else:
-        oT_HKL, lse_HL = _forward_loop(blocks, N, qT_HKL, k_HMK, _with_ones(vT_HKM))
+    k_HMK, vT_HKM = _rows(k_BMNK), _with_ones(_columns(v_BMNK))
+
+    def by(blocks: _Blocks):
+        if blocks.batched:
+            same = _all_same(blocks, N)
+            return _finish(_see(_nothing(qT_HKL), qT_HKL, k_HMK, vT_HKM, same))
+        return _forward_loop(blocks, N, qT_HKL, k_HMK, vT_HKM)
+
+    oT_HKL, lse_HL = _by_cheapest(by, q_ids_BL, k_ids_BM, tiles)
     o_BLNK = oT_HKL.reshape(B, N, K, L).transpose(0, 3, 1, 2).astype(q_BLNK.dtype)
     lse_BNL = lse_HL.reshape(B, N, L)
     o_BLNK, lse_BNL = (checkpoint_name(x, "attended") for x in (o_BLNK, lse_BNL))
@@ -106,7 +117,6 @@ def _backward(tiles, residuals, cotangents):
     q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL = residuals
     do_BLNK, dlse_BNL = cotangents
     B, L, N, K = q_BLNK.shape
-    blocks = _cut(q_ids_BL, k_ids_BM, tiles)
     delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
     # Masked queries have p = 0 by the mask alone, whatever their lse.
     shift_BNL = dlse_BNL - delta_BLN.transpose(0, 2, 1)
@@ -117,11 +127,13 @@ def _backward(tiles, residuals, cotangents):
         *(x_BNL.reshape(B * N, L) for x_BNL in (lse_BNL, shift_BNL)),
     )
     of_keys = (_rows(k_BMNK), _rows(v_BMNK), _columns(k_BMNK))
-    if blocks.whole:
-        same = _all_same(blocks, N)
-        dqT_HKL, dk_HMK, dv_HMK = _differentiate(*of_queries, *of_keys, same)
-    else:
-        dqT_HKL, dk_HMK, dv_HMK = _backward_loop(blocks, N, of_queries, of_keys)
+
+    def by(blocks: _Blocks):
+        if blocks.batched:
+            return _differentiate(*of_queries, *of_keys, _all_same(blocks, N))
+        return _backward_loop(blocks, N, of_queries, of_keys)
+
+    dqT_HKL, dk_HMK, dv_HMK = _by_cheapest(by, q_ids_BL, k_ids_BM, tiles)
     dq_BLNK = dqT_HKL.reshape(B, N, K, L).transpose(0, 3, 1, 2) * K**-0.5
     dk_BMNK, dv_BMNK = (
         d_HMK.reshape(B, N, -1, K).transpose(0, 2, 1, 3) for d_HMK in (dk_HMK, dv_HMK)
@@ -297,10 +309,28 @@ def _put(x, row, start, part, join, *, axis: int = 0):
 # Rows to blocks.
 
 
-def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> _Blocks:
+def _by_cheapest(program, q_ids_BL, k_ids_BM, tiles: sliding.Config | None):
+    """program(blocks), of the ways to cut rows the one that costs least with these ids."""
+    ways = _ways(q_ids_BL, k_ids_BM, tiles)
+    if len(ways) == 1:
+        return program(ways[0])
+    cheapest = jnp.argmin(jnp.stack([blocks.cost for blocks in ways]))
+    return lax.switch(cheapest, [functools.partial(program, blocks) for blocks in ways])
+
+
+def _ways(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> list[_Blocks]:
+    """Rows cut into blocks of each size that there is for them, or into tiles."""
+    lengths = q_ids_BL.shape[1], k_ids_BM.shape[1]
+    sizes = [tuple(_size(length, block) for length in lengths) for block in BLOCKS]
+    if tiles is not None:
+        sizes = [(tiles.tile_tokens, tiles.tile_tokens)]
+    return [_cut(q_ids_BL, k_ids_BM, size, tiles) for size in dict.fromkeys(sizes)]
+
+
+def _cut(q_ids_BL, k_ids_BM, sizes: tuple[int, int], tiles: sliding.Config | None) -> _Blocks:
     queries, keys = (
-        _side(ids, none, tiles)
-        for ids, none in zip(pad_ids(q_ids_BL, k_ids_BM, 1, 1), PADDING, strict=True)
+        _side(ids, none, size, tiles)
+        for ids, none, size in zip(pad_ids(q_ids_BL, k_ids_BM, 1, 1), PADDING, sizes, strict=True)
     )
     seen_ij = None if tiles is None else tiles.seen(q_ids_BL.shape[1], queries.size, keys.size)
     q_ids_Bn, k_ids_Bn = (side.ids.reshape(len(side.ids), -1) for side in (queries, keys))
@@ -314,13 +344,11 @@ def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> _Blocks:
     return _Blocks(queries, keys, of_queries, of_keys, alike_Bij)
 
 
-def _side(ids_BL, none: int, tiles: sliding.Config | None) -> _Side:
+def _side(ids_BL, none: int, size: int, tiles: sliding.Config | None) -> _Side:
     B, L = ids_BL.shape
     if tiles is None:
-        size = _size(L)
         starts_Bi = _starts(ids_BL, size)
     else:
-        size = tiles.tile_tokens
         starts_Bi = jnp.tile(jnp.arange(0, L, size), (B, 1))
     ends_Bi = jnp.pad(starts_Bi[:, 1:], ((0, 0), (0, 1)), constant_values=L)
     # The last begins earlier where it would reach beyond the row.
@@ -352,9 +380,9 @@ def _starts(ids_BL, size: int):
     return lax.scan(following, jnp.zeros(B, jnp.int32), length=most)[1].T
 
 
-def _size(length: int) -> int:
-    """Tokens of a block: 2/3 to 3/2 of `BLOCK`, even, in cache lines; a shorter row is one."""
-    count = max(round(length / BLOCK), 1)
+def _size(length: int, block: int) -> int:
+    """Tokens of a block: 2/3 to 3/2 of `block`, even, in cache lines; a shorter row is one."""
+    count = max(round(length / block), 1)
     return length if count == 1 else -(-length // (count * LINE)) * LINE
 
 

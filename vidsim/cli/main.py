@@ -154,9 +154,11 @@ def execute(arguments: list[str]) -> int:
         # The libraries below tell much that is not the user's business.
         absl_logging.set_verbosity(absl_logging.WARNING)
         logging.getLogger("jax").setLevel(logging.ERROR)
-        from vidsim.parallel import multihost  # Here, because help needs no jax.
+        from vidsim import compiling  # Here, because help needs no jax.
+        from vidsim.parallel import multihost
 
         multihost.initialize()
+        compiling.give_memory_back()
         print(json.dumps(module.main()), flush=True)
     except InputError as error:
         return fail(" ".join(str(error).split()), BAD_INPUT)
