@@ -191,6 +191,9 @@ def test_missing_config_file(vidsim, tmp_path):
     ended = vidsim("run", "--config", path, f"--workdir={workdir}")
     refused(ended, f"no config file {path}", "give an experiment")
     assert not workdir.exists()
+    (tmp_path / "somewhere.py").write_text("")
+    ended = vidsim("run", "--config", path, f"--workdir={workdir}")
+    refused(ended, f"did you mean {tmp_path / 'somewhere.py'}?")
 
 
 @pytest.mark.parametrize("below", ["", "/run"])

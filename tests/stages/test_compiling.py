@@ -6,11 +6,14 @@ import pathlib
 import runpy
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from vidsim.errors import InputError
 from vidsim.parallel import chips
+from vidsim.parallel import mesh as meshes
+from vidsim.parallel.sharding import ShardingRules
 from vidsim.stages import compiling
 from vidsim.stages.run import Run
 from vidsim.training import aot, hlo
@@ -114,9 +117,35 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_compiled(slice_of
             list(compiling.search(run_with, asked, slice_of(4)))
 
 
-def test_a_clip_that_is_none_is_refused():
-    with pytest.raises(InputError, match="--clip='5x32' is no FRAMESxHEIGHTxWIDTH"):
-        compiling.case_of(run_with({}), None, compiling.Asked(model="vae", clip="5x32"))
+@pytest.mark.parametrize(
+    ("model", "clip", "message"),
+    [
+        ("vae", "5x32", "--clip='5x32' is no FRAMESxHEIGHTxWIDTH"),
+        ("vae", "", "--model=vae needs the clips' size"),
+        ("dit", "5x32x32", "--clip and --clips are the autoencoder's"),
+    ],
+)
+def test_a_clip_that_is_none_is_refused(model, clip, message):
+    with pytest.raises(InputError, match=message):
+        compiling.case_of(run_with({}), None, compiling.Asked(model=model, clip=clip))
+
+
+def test_rows_that_do_not_divide_are_told_by_how_many_parts():
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), meshes.AXES)
+    case = compiling.rows_case(run_with({}), rows=3, length=64)
+    with pytest.raises(InputError, match=r"over the mesh fsdp=2: .* is to split 2 x 1.* ways"):
+        compiling.place(case, mesh, ShardingRules())
+
+
+def test_what_a_step_is_bound_by_is_told(slice_of):
+    run = run_with({})
+    mesh = compiling.meshes.make(run.mesh_config.__class__(fsdp=1), slice_of(1))
+    one, case = result(1, seconds=1e-3), compiling.rows_case(run)._replace(flops=1e12)
+    assert compiling.told_of_step(one, case, mesh)["bound_by"] == "compute"
+    table = next(t for t in compiling.tables(one, case, mesh) if "MFU" in t.title)
+    shares = {name: share for name, _, share in table.rows}
+    assert not shares["memory"] and float(shares["scheduled"]) > float(shares["roofline"]) > 0
+    assert table.notes[0].startswith("bound by compute")
 
 
 def test_only_weights_and_their_layers_may_be_gathered_over_fsdp():
@@ -148,16 +177,12 @@ def test_a_program_that_the_compiler_counts_nothing_of_is_told(slice_of):
     case = compiling.rows_case(run)
     for flops, told in ((None, None), (3e12, 3e12)):
         one = result(1, xla_flops=flops)
-        assert compiling.told(one, case, mesh)["flops"]["xla_once_a_loop"] == told
+        assert compiling.told_of_step(one, case, mesh)["flops"]["xla_once_a_loop"] == told
         shown = "\n".join(map(str, compiling.tables(one, case, mesh)))
         assert ("XLA itself tells" in shown) == (flops is not None)
 
 
 def test_the_state_of_a_device_is_told_by_its_parts(slice_of, monkeypatch):
-    import jax
-
-    from vidsim.parallel import mesh as meshes
-
     monkeypatch.undo()
     run = run_with({"dit.optimizer.ema_sigma_rels": [0.1, 0.02]})
     case = compiling.rows_case(run)

@@ -1,5 +1,7 @@
 """The flag --config: an experiment file, and what may be wrong with it."""
 
+import difflib
+import glob
 import os
 import runpy
 import sysconfig
@@ -23,7 +25,15 @@ def check(path: str) -> None:
       InputError: it is not there, does not run, or has no `get_config` that returns a config.
     """
     if not os.path.isfile(path):
-        raise InputError(f"no config file {path}; give an experiment such as experiments/*.py")
+        folder, name = os.path.split(path)
+        there = glob.glob("*.py", root_dir=folder or ".")
+        near = difflib.get_close_matches(name, there, n=1)
+        remedy = (
+            f"did you mean {os.path.join(folder, near[0])}?"
+            if near
+            else ("give an experiment such as experiments/*.py")
+        )
+        raise InputError(f"no config file {path}; {remedy}")
     try:
         get_config = runpy.run_path(path).get("get_config")
         config = get_config and get_config()

@@ -32,7 +32,10 @@ def define_flags() -> None:
 
 def define_profile() -> None:
     flags.DEFINE_string(
-        "profile", "", "START:STOP: writes a trace of these steps of a training, for xprof."
+        "profile",
+        "",
+        "START:STOP: traces the steps from START to before STOP of a training, for xprof, into "
+        "profile/ of the training's folder.",
     )
 
 

@@ -47,7 +47,7 @@ def make(config: Config, devices=None) -> jax.sharding.Mesh:
     if len(devices) % fixed:
         raise InputError(
             f"mesh {written}: the product {fixed} does not divide the {len(devices)} devices; "
-            f"choose sizes that do, or start with a multiple of {fixed} devices"
+            "choose sizes that do, and fsdp=-1 for all devices that the others leave"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed

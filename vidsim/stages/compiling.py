@@ -18,7 +18,7 @@ from vidsim.data import packing
 from vidsim.errors import InputError
 from vidsim.export import models as exported
 from vidsim.models import dit
-from vidsim.parallel import chips
+from vidsim.parallel import chips, sharding
 from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.stages import tasks, training
@@ -38,7 +38,8 @@ class Case(NamedTuple):
     task: tasks.Task
     batch: dict[str, tuple[tuple[int, ...], type]]  # shape and type by name
     flops: float  # of the model
-    text: str  # for people
+    text: str  # for people: what it is of
+    how: str  # and what saves memory
 
     @property
     def parameters(self) -> int:
@@ -60,10 +61,17 @@ def case_of(run: Run, mesh: jax.sharding.Mesh, asked: Asked) -> Case:
     """What a run trains on a step on a mesh.
 
     Raises:
-      InputError: the autoencoder without a clip, or with one that it cannot take.
+      InputError: the autoencoder without a clip, or with one that it cannot take, or the other way.
     """
     if asked.model == "dit":
+        if asked.clip or asked.clips:
+            raise InputError(
+                "--clip and --clips are the autoencoder's, and --model is dit; add --model=vae, or "
+                "leave them out: rows are told by --rows and --length"
+            )
         return rows_case(run, asked.length or None, asked.rows or None)
+    if not asked.clip:
+        raise InputError("--model=vae needs the clips' size; give one, such as --clip=81x480x832")
     try:
         frames, height, width = map(int, asked.clip.split("x"))
     except ValueError as error:
@@ -85,7 +93,8 @@ def rows_case(run: Run, length: int | None = None, rows: int | None = None) -> C
     pairs = rows * length**2 * dit.seen(run.dit, run.text, length)
     needed = flops.of_packs(run.dit, values).of(rows * length, pairs)
     text = f"{rows} rows of {length} tokens"
-    return Case(tasks.dit_task(run), batch, needed, text)
+    how = f"remat={run.dit.remat}, accumulate={run.optimizers['dit'].accumulate}"
+    return Case(tasks.dit_task(run), batch, needed, text, how)
 
 
 def clips_case(run: Run, shape: tuple[int, int, int], clips: int) -> Case:
@@ -94,7 +103,8 @@ def clips_case(run: Run, shape: tuple[int, int, int], clips: int) -> Case:
     batch = {"video_BTHWC": ((clips, *shape, 3), np.uint8)}
     needed = flops.of_autoencoder(run.vae, clips, *shape)
     text = f"{clips} clips of {'x'.join(map(str, shape))}"
-    return Case(tasks.vae_task(run), batch, needed, text)
+    how = f"accumulate={run.optimizers['vae'].accumulate}"
+    return Case(tasks.vae_task(run), batch, needed, text, how)
 
 
 def place(
@@ -108,15 +118,19 @@ def place(
     shapes = {name: jax.ShapeDtypeStruct(*array) for name, array in case.batch.items()}
     found = {}
     for name, spec in step.batch_spec(rules, shapes).items():
-        shape, sharding = shapes[name].shape, NamedSharding(mesh, spec)
+        shape, placed = shapes[name].shape, NamedSharding(mesh, spec)
         try:
-            sharding.shard_shape(shape)
+            placed.shard_shape(shape)
         except ValueError as error:
+            parts = " x ".join(
+                str(rules.parts(mesh, axis) if axis else 1)
+                for axis in sharding.batch_axes(name, shapes[name])
+            )
             raise InputError(
-                f"{case.text} do not divide over mesh {dict(mesh.shape)}; use multiples of the "
-                f"devices that share a batch, or another mesh ({name} is {shape})"
+                f"{case.text} do not divide over the mesh {_written(mesh)}: {name} {shape} is to "
+                f"split {parts} ways; use multiples of these, or another mesh"
             ) from error
-        found[name] = jax.ShapeDtypeStruct(shape, shapes[name].dtype, sharding=sharding)
+        found[name] = jax.ShapeDtypeStruct(shape, shapes[name].dtype, sharding=placed)
     return found
 
 
@@ -150,11 +164,16 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     """Compiles init and step of an experiment for a slice; `say` is told what is for people."""
     mesh = meshes.make(run.mesh_config, devices)
     case = case_of(run, mesh, asked)
-    say(f"{run.config['name']}, {case.text}: mesh {dict(mesh.shape)}")
+    place(case, mesh, training.program(run, case.task, mesh).rules)  # refused before it compiles
+    say(f"{run.config['name']}, {case.text}, {case.how}")
+    say(f"on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh {_written(mesh)}")
     parts = held(run, case, mesh)
     rows = [(name, f"{size / chips.GIB:.2f}") for name, size in parts.items()]
     say(Table("state of a device", ("", "GiB"), rows, ()))
-    init, step = init_of(run, case, mesh), step_of(run, case, mesh)
+    say("compiling what makes the state")
+    init = init_of(run, case, mesh)
+    say("compiling the step: minutes, where the model is large")
+    step = step_of(run, case, mesh)
     for table in tables(step, case, mesh):
         say(table)
     fits = init.fits and step.fits
@@ -165,9 +184,15 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
         "batch": case.text,
         "fits": fits,
         "state_gib": {name: round(size / chips.GIB, 3) for name, size in parts.items()},
-        "init": told(init, case, mesh),
-        "step": told(step, case, mesh),
+        "init": told(init),
+        "step": told(step) | told_of_step(step, case, mesh),
     }
+
+
+def _written(mesh: jax.sharding.Mesh) -> str:
+    """The axes of a mesh that have more than one device."""
+    sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
+    return ", ".join(sizes) or "of one device"
 
 
 def mfu(case: Case, seconds: float, mesh: jax.sharding.Mesh) -> float:
@@ -175,38 +200,41 @@ def mfu(case: Case, seconds: float, mesh: jax.sharding.Mesh) -> float:
     return case.flops / (seconds * mesh.devices.size * chips.of(mesh.devices.flat[0]).flops)
 
 
-def told(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> dict:
-    """A result for the last line: GiB, seconds, FLOPs; None for what is not known."""
+def told(result: aot.Result) -> dict:
+    """A result for the last line: seconds of compiling, GiB; None for what is not known."""
     found = {"fits": result.fits, "compile_seconds": round(result.compile_seconds, 1)}
     if result.memory:
         found["memory_gib"] = {
             name: None if math.isnan(value) else round(value / chips.GIB, 3)
             for name, value in vars(result.memory).items()
         }
-    if result.estimate:
-        found |= {
-            "flops": {
-                "model": case.flops,
-                "program": result.estimate.flops * mesh.devices.size,
-                "xla_once_a_loop": result.xla_flops and result.xla_flops * mesh.devices.size,
-            },
-            "seconds": {
-                **result.estimate.parts,
-                "roofline": result.estimate.roofline,
-                "scheduled": result.estimate.scheduled,
-            },
-            "interconnect_seconds": result.estimate.interconnect,
-            "mfu": {
-                "roofline": mfu(case, result.estimate.roofline, mesh),
-                "scheduled": mfu(case, result.estimate.scheduled, mesh),
-            },
-            "collectives": [
-                {**dataclasses.asdict(one), "arrays": [str(array) for array in one.arrays]}
-                for one in result.exchanges
-            ],
-            "activations_gathered": activations_gathered(result, case),
-        }
     return found
+
+
+def told_of_step(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> dict:
+    """What a step takes, for the last line: FLOPs, seconds, exchanges; nothing if unknown."""
+    if result.estimate is None:
+        return {}
+    found = result.estimate
+    return {
+        "flops": {
+            "model": case.flops,
+            "program": found.flops * mesh.devices.size,
+            "xla_once_a_loop": result.xla_flops and result.xla_flops * mesh.devices.size,
+        },
+        "seconds": {**found.parts, "roofline": found.roofline, "scheduled": found.scheduled},
+        "bound_by": found.bound_by,
+        "interconnect_seconds": found.interconnect,
+        "mfu": {
+            "roofline": mfu(case, found.roofline, mesh),
+            "scheduled": mfu(case, found.scheduled, mesh),
+        },
+        "collectives": [
+            {**dataclasses.asdict(one), "arrays": [str(array) for array in one.arrays]}
+            for one in result.exchanges
+        ],
+        "activations_gathered": activations_gathered(result, case),
+    }
 
 
 def activations_gathered(result: aot.Result, case: Case) -> list[str]:
@@ -248,20 +276,19 @@ def tables(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> Iterator[
     if result.estimate is None:
         return
     found = result.estimate
-    rows = [
-        (name, f"{1e3 * seconds:.1f}", f"{100 * mfu(case, seconds, mesh):.1f}" if seconds else "")
-        for name, seconds in (
-            *found.parts.items(),
-            ("roofline", found.roofline),
-            ("scheduled", found.scheduled),
-        )
+    rows = [(name, f"{1e3 * seconds:.1f}", "") for name, seconds in found.parts.items()]
+    rows += [
+        (name, f"{1e3 * seconds:.1f}", f"{100 * mfu(case, seconds, mesh):.1f}")
+        for name, seconds in (("roofline", found.roofline), ("scheduled", found.scheduled))
     ]
     share = case.flops / mesh.devices.size / found.flops
     notes = [
+        f"bound by {found.bound_by}: the roofline is that alone, as if the others ran beside it",
+        "scheduled: operations one after another, each by compute or memory, and "
+        f"{1e3 * found.exposed:.1f} ms of exchanges that nothing runs beside",
         f"of {found.flops / 1e12:.1f} TFLOP a device at {chip.flops / 1e12:.0f} TFLOP/s, "
         f"{100 * share:.1f} % are the model's; {found.traffic / 1e9:.0f} GB at "
         f"{chip.bandwidth / 1e9:.0f} GB/s",
-        f"scheduled: {1e3 * found.exposed:.1f} ms are exchanges that nothing runs beside",
     ]
     if result.xla_flops is not None:
         tera = result.xla_flops / 1e12

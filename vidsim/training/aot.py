@@ -94,8 +94,13 @@ class Estimate:
         }
 
     @property
+    def bound_by(self) -> str:
+        """The part that takes longest."""
+        return max(self.parts, key=self.parts.get)
+
+    @property
     def roofline(self) -> float:
-        return max(self.parts.values())
+        return self.parts[self.bound_by]
 
 
 @dataclasses.dataclass(frozen=True)
