@@ -47,14 +47,20 @@ _TPU = (
 )
 # Not on "lite" chips: XLA refuses to compile it for some of their slices, which are no torus.
 _TPU_TORUS = ("xla_tpu_enable_async_all_to_all",)
-# Otherwise the moments of an optimizer, and what a scan keeps, are copied before they change.
-_CPU = ("xla_cpu_copy_insertion_use_region_analysis",)
+_CPU = {
+    # Otherwise the moments of an optimizer, and what a scan keeps, are copied before they change.
+    "xla_cpu_copy_insertion_use_region_analysis": True,
+    # What takes barriers away before XLA fuses: `layers/` has some between what is not to be fused.
+    "xla_disable_hlo_passes": "cse_barrier_expander",
+}
 
 
-def step_options(mesh: jax.sharding.Mesh) -> dict[str, bool]:
+def step_options(mesh: jax.sharding.Mesh) -> dict[str, bool | str]:
     """What XLA is told of a training step on the devices of a mesh."""
     device = mesh.devices.flat[0]
-    names = {"tpu": _TPU, "cpu": _CPU}.get(device.platform, ())
-    if device.platform == "tpu" and "lite" not in device.device_kind:
+    if device.platform == "cpu":
+        return dict(_CPU)
+    names = _TPU if device.platform == "tpu" else ()
+    if names and "lite" not in device.device_kind:
         names += _TPU_TORUS
     return dict.fromkeys(names, True)

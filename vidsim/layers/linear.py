@@ -43,12 +43,9 @@ def _row_major(x, kernel):
 
 def _row_major_gradient(x, kernel, g):
     by_x = _dot(g, kernel.astype(x.dtype), axis=1).astype(x.dtype)
-    # The narrower one is turned: XLA makes what it turns column by column.
-    if x.shape[1] > g.shape[1]:
-        by_kernel = _rows(_dot(_rows(g.T), x)).T
-    else:
-        by_kernel = _dot(_rows(x.T), g)
-    return by_x, by_kernel.astype(kernel.dtype)
+    # Otherwise what made x is made once more as it is turned, column by column.
+    x = jax.lax.optimization_barrier(x)
+    return by_x, _dot(_rows(x.T), g).astype(kernel.dtype)
 
 
 def _dot(a, b, axis=0):
