@@ -13,7 +13,7 @@ from vidsim.attention.blocks import MASKED
 from vidsim.models import dit
 
 KERNELS = ("cpu", "gpu", "tpu")
-LENGTHS = {"cpu": (70, 45), "gpu": (70, 45), "tpu": (300, 200)}
+LENGTHS = {"cpu": (150, 110), "gpu": (70, 45), "tpu": (300, 200)}
 # Sums of up to 300 products around 1 in float32, in another order.
 FLOAT32 = {"rtol": 2e-5, "atol": 5e-6}
 
