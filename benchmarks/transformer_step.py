@@ -31,7 +31,7 @@ QUICK_SHAPE = {"width": 64, "depth": 2, "heads": 2, "mlp_hidden": 128}
 CHANNELS = 16  # of a latent
 PATCH = 2
 TEXT_FEATURES = 512
-ROUNDS = 3  # of the longest row; shorter ones are timed for as long
+ROUNDS = 3  # of the longest row; shorter ones have as many tokens in all
 RATE_SIZE, QUICK_RATE_SIZE = 2048, 256
 
 LENGTHS = flags.DEFINE_integer("lengths", None, "Only the first so many lengths.")

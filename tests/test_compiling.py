@@ -33,15 +33,16 @@ def test_xla_takes_the_options_of_this_machine():
     assert double(jnp.ones(())) == 2
 
 
-def test_barriers_stand_between_what_is_fused_on_this_machine():
+def test_barriers_stand_between_what_is_fused_on_a_cpu():
     def turned(x):
         return jax.lax.optimization_barrier(jnp.sin(x) + x).T + 1
 
-    mesh = meshes.make(meshes.Config(), jax.devices()[:1])
+    mesh = meshes.make(meshes.Config(), jax.devices("cpu")[:1])
     program = jax.jit(turned, compiler_options=compiling.step_options(mesh))
     x = jnp.ones((32, 64))
     assert program.lower(x).compile().as_text().count(" fusion(") == 2
-    np.testing.assert_allclose(program(x), turned(x))
+    # A sine in float32, fused otherwise.
+    np.testing.assert_allclose(program(x), turned(x), rtol=1e-6)
 
 
 def test_memory_goes_back_after_long_compiling_alone(monkeypatch):

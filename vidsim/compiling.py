@@ -34,23 +34,26 @@ def give_memory_back() -> None:
 
 # Exchanges run beside what computes: gathers of weights stay gathers and go on in steps of other
 # fusions, and heads are exchanged meanwhile. WORKSPACE.md has what each list bought.
-_TPU = (
-    "xla_enable_async_all_gather",
-    "xla_enable_async_all_reduce",
-    "xla_enable_async_collective_permute",
-    "xla_tpu_enable_async_collective_fusion",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
-    "xla_tpu_enable_async_collective_fusion_multiple_steps",
-    "xla_tpu_overlap_compute_collective_tc",
-    "xla_tpu_prefer_async_allgather_to_allreduce",
+_TPU = dict.fromkeys(
+    (
+        "xla_enable_async_all_gather",
+        "xla_enable_async_all_reduce",
+        "xla_enable_async_collective_permute",
+        "xla_tpu_enable_async_collective_fusion",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_reduce",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps",
+        "xla_tpu_overlap_compute_collective_tc",
+        "xla_tpu_prefer_async_allgather_to_allreduce",
+    ),
+    True,
 )
 # Not on "lite" chips: XLA refuses to compile it for some of their slices, which are no torus.
-_TPU_TORUS = ("xla_tpu_enable_async_all_to_all",)
+_TPU_TORUS = {"xla_tpu_enable_async_all_to_all": True}
 _CPU = {
     # Otherwise the moments of an optimizer, and what a scan keeps, are copied before they change.
     "xla_cpu_copy_insertion_use_region_analysis": True,
-    # Barriers would go before XLA fuses: all of a step's then stand until it has fused.
+    # What would take barriers away before XLA fuses: all of a step's stand until it has.
     "xla_disable_hlo_passes": "cse_barrier_expander",
 }
 
@@ -58,9 +61,6 @@ _CPU = {
 def step_options(mesh: jax.sharding.Mesh) -> dict[str, bool | str]:
     """What XLA is told of a training step on the devices of a mesh."""
     device = mesh.devices.flat[0]
-    if device.platform == "cpu":
-        return dict(_CPU)
-    names = _TPU if device.platform == "tpu" else ()
-    if names and "lite" not in device.device_kind:
-        names += _TPU_TORUS
-    return dict.fromkeys(names, True)
+    torus = device.platform == "tpu" and "lite" not in device.device_kind
+    options = {"tpu": _TPU, "cpu": _CPU}.get(device.platform, {})
+    return options | _TPU_TORUS if torus else options

@@ -101,6 +101,22 @@ def test_equals_dense_attention_in_value_lse_and_gradient(kernel, lengths, order
         np.testing.assert_allclose(found, expected, **FLOAT32)
 
 
+@pytest.mark.parametrize("block", [32, 64, 150])
+def test_every_way_to_cut_rows_equals_dense_attention(block, monkeypatch):
+    monkeypatch.setattr(cpu, "BLOCKS", (block,))
+    q_ids, k_ids = rising(150, 0.3, 0.1, 0.45), rising(110, 0.2, 0.3, 0.3)
+    blocks = cpu._ways(jnp.asarray(q_ids), jnp.asarray(k_ids), None)[0]
+    assert (blocks.queries.size, blocks.keys.size) == {
+        32: (32, 48),
+        64: (80, 64),
+        150: (150, 110),
+    }[block]
+    qkv = random(150, 110)
+    ours = results(cpu.attend, qkv, q_ids, k_ids)
+    for found, expected in zip(ours, results(dense, qkv, q_ids, k_ids), strict=True):
+        np.testing.assert_allclose(found, expected, **FLOAT32)
+
+
 @every_kernel_and_lengths
 def test_a_query_that_sees_no_key_gives_zero_and_moves_nothing(kernel, lengths):
     queries, keys = lengths
@@ -172,7 +188,7 @@ def test_every_token_is_in_one_block_whatever_the_order(order):
         ids = 1 + np.arange(400, dtype=np.int32).reshape(2, 200) % 2
     if order == "over half a block":  # no two of them fit one: the most blocks that there can be
         ids = 1 + np.arange(400, dtype=np.int32).reshape(2, 200) // 17
-    queries = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), (48, 48), None).queries
+    queries = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), (48, 48)).queries
     starts, of_blocks = np.asarray(queries.starts), np.asarray(queries.ids)
     for b, row in enumerate(ids):
         found = [
@@ -188,7 +204,7 @@ def test_blocks_end_where_segments_do():
     """Of 512 tokens: two for each long segment, one each for short ones, and two share one."""
     lengths = (1021, 893, 643, 509, 387, 317, 193, 133)
     ids = np.repeat(np.arange(1, 9, dtype=np.int32), lengths)[None]
-    blocks = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), (512, 512), None)
+    blocks = cpu._cut(jnp.asarray(ids), jnp.asarray(ids), (512, 512))
     own = np.asarray(blocks.queries.ids[0]) > 0
     starts = (np.asarray(blocks.queries.starts[0]) + own.argmax(-1))[own.any(-1)]
     ends = np.cumsum(lengths)
@@ -209,7 +225,7 @@ def test_blocks_end_where_segments_do():
 )
 def test_blocks_are_large_where_segments_are(lengths, size):
     ids = jnp.asarray(np.repeat(np.arange(1, len(lengths) + 1), lengths)[None])
-    assert cpu._by_cheapest(lambda blocks: jnp.array(blocks.queries.size), ids, ids, None) == size
+    assert cpu._by_cheapest(lambda blocks: jnp.array(blocks.queries.size), ids, ids) == size
 
 
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)

@@ -9,10 +9,11 @@ import pytest
 CODE = """
     import json
     import jax, jax.numpy as jnp, numpy as np
-    from vidsim.attention import segments, tiles
+    from vidsim.attention import cpu, segments, tiles
     from vidsim.errors import InputError
     from vidsim.parallel import mesh as meshes, sharding
 
+    cpu.BLOCKS, cpu.VISIT = (16, 8), 0  # so that rows can be cut in several ways
     B, L, N, K = 2, 32, 4, 8
     rng = np.random.default_rng(0)
     q, k, v, weight = rng.normal(size=(4, B, L, N, K)).astype(np.float32)

@@ -60,7 +60,8 @@ def test_a_mesh_whose_other_axes_would_cross_slices_is_refused():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (mesh.Config(tensor=3), "the product 3 does not divide the 8 devices"),
+        (mesh.Config(tensor=3), "3 does not divide the 8 devices; .* a multiple of 3 devices"),
+        (mesh.Config(fsdp=3), "3 does not divide the 8 devices; .* one of -1 for what they leave"),
         (mesh.Config(fsdp=2, tensor=2), "leaves 4 of the 8 devices idle; set fsdp=-1"),
         (mesh.Config(replica=-1), "only one axis can be -1; give replica a size"),
         (mesh.Config(tensor=0), "tensor=0: a size is at least 1"),

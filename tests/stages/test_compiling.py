@@ -118,16 +118,24 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_compiled(slice_of
 
 
 @pytest.mark.parametrize(
-    ("model", "clip", "message"),
+    ("asked", "message"),
     [
-        ("vae", "5x32", "--clip='5x32' is no FRAMESxHEIGHTxWIDTH"),
-        ("vae", "", "--model=vae needs the clips' size"),
-        ("dit", "5x32x32", "--clip and --clips are the autoencoder's"),
+        ({"model": "vae", "clip": "5x32"}, "--clip='5x32' is no FRAMESxHEIGHTxWIDTH"),
+        ({"model": "vae"}, "--model=vae needs the clips' size"),
+        ({"model": "vae", "clip": "5x32x32", "rows": 8}, "--rows and --length are the trans"),
+        ({"model": "dit", "clip": "5x32x32"}, "--clip and --clips are the autoencoder's"),
     ],
 )
-def test_a_clip_that_is_none_is_refused(model, clip, message):
+def test_flags_that_do_not_fit_the_model_are_refused(asked, message):
     with pytest.raises(InputError, match=message):
-        compiling.case_of(run_with({}), None, compiling.Asked(model=model, clip=clip))
+        compiling.case_of(run_with({}), None, compiling.Asked(**asked))
+
+
+def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch):
+    monkeypatch.setattr(aot, "compile_program", None)
+    run = run_with({"dit.optimizer.accumulate": 4})
+    with pytest.raises(InputError, match=r"optimizer\.accumulate=4 does not divide the 2 rows"):
+        compiling.told_of(run, compiling.Asked(rows=2), jax.devices()[:1], print)
 
 
 def test_rows_that_do_not_divide_are_told_by_how_many_parts():
@@ -139,7 +147,7 @@ def test_rows_that_do_not_divide_are_told_by_how_many_parts():
 
 def test_what_a_step_is_bound_by_is_told(slice_of):
     run = run_with({})
-    mesh = compiling.meshes.make(run.mesh_config.__class__(fsdp=1), slice_of(1))
+    mesh = compiling.meshes.make(meshes.Config(fsdp=1), slice_of(1))
     one, case = result(1, seconds=1e-3), compiling.rows_case(run)._replace(flops=1e12)
     assert compiling.told_of_step(one, case, mesh)["bound_by"] == "compute"
     table = next(t for t in compiling.tables(one, case, mesh) if "MFU" in t.title)
@@ -173,7 +181,7 @@ def test_only_weights_and_their_layers_may_be_gathered_over_fsdp():
 
 def test_a_program_that_the_compiler_counts_nothing_of_is_told(slice_of):
     run = run_with({})
-    mesh = compiling.meshes.make(run.mesh_config.__class__(fsdp=1), slice_of(1))
+    mesh = compiling.meshes.make(meshes.Config(fsdp=1), slice_of(1))
     case = compiling.rows_case(run)
     for flops, told in ((None, None), (3e12, 3e12)):
         one = result(1, xla_flops=flops)
@@ -194,7 +202,7 @@ def test_the_state_of_a_device_is_told_by_its_parts(slice_of, monkeypatch):
 
     monkeypatch.setattr(compiling.meshes, "make", lambda config, devices: mesh)
     monkeypatch.setattr(compiling, "init_of", lambda *args: aot.Result(None, True, 1.0))
-    monkeypatch.setattr(compiling, "step_of", lambda *args: aot.Result(None, False, 1.0))
+    monkeypatch.setattr(aot, "compile_program", lambda *args: aot.Result(None, False, 1.0))
     said = []
     told = compiling.told_of(run, compiling.Asked(), [], said.append)
     assert list(told["state_gib"]) == list(parts) and not told["fits"]

@@ -13,8 +13,8 @@ So every product has both operands row by row as they lie, and sums over keys ad
 products of transposed operands take twice as long on a CPU where they are bfloat16, and so do its
 sums along rows. Blocks of keys that share no segment with a block of queries are not visited, and
 blocks end where segments do: the cost follows the segments, not the row. Rows of long segments are
-cut into larger blocks than those of short ones, which is known when it runs. A short row is one
-batch of products over all heads.
+cut into larger blocks than those of short ones, which is known when it runs. Rows of 512 tokens or
+less are one batch of products over all heads.
 """
 
 # B batch, L queries, M keys, N heads, K head dim, H = B * N; i, j: blocks of queries, of keys
@@ -32,7 +32,9 @@ from vidsim.attention.blocks import MASKED, PADDING, Visits, meeting, pad_ids, v
 
 # Queries, or keys, of a block, about: on smaller ones XLA works with one core.
 BLOCKS = (1024, 512)
-VISIT = 300**2  # scores that take as long as what comes with a visit
+# Scores that take as long as what comes with a visit: of one row of 4160 tokens, blocks of 1040 and
+# of 528 took times that differ by so much for each visit more.
+VISIT = 300**2
 LINE = 16  # numbers of a cache line
 
 
@@ -106,7 +108,7 @@ def _forward(q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, tiles):
             return _finish(_see(_nothing(qT_HKL), qT_HKL, k_HMK, vT_HKM, same))
         return _forward_loop(blocks, N, qT_HKL, k_HMK, vT_HKM)
 
-    oT_HKL, lse_HL = _by_cheapest(by, q_ids_BL, k_ids_BM, tiles)
+    oT_HKL, lse_HL = _by_cheapest(by, q_ids_BL, k_ids_BM, tiles=tiles)
     o_BLNK = oT_HKL.reshape(B, N, K, L).transpose(0, 3, 1, 2).astype(q_BLNK.dtype)
     lse_BNL = lse_HL.reshape(B, N, L)
     o_BLNK, lse_BNL = (checkpoint_name(x, "attended") for x in (o_BLNK, lse_BNL))
@@ -133,7 +135,7 @@ def _backward(tiles, residuals, cotangents):
             return _differentiate(*of_queries, *of_keys, _all_same(blocks, N))
         return _backward_loop(blocks, N, of_queries, of_keys)
 
-    dqT_HKL, dk_HMK, dv_HMK = _by_cheapest(by, q_ids_BL, k_ids_BM, tiles)
+    dqT_HKL, dk_HMK, dv_HMK = _by_cheapest(by, q_ids_BL, k_ids_BM, tiles=tiles)
     dq_BLNK = dqT_HKL.reshape(B, N, K, L).transpose(0, 3, 1, 2) * K**-0.5
     dk_BMNK, dv_BMNK = (
         d_HMK.reshape(B, N, -1, K).transpose(0, 2, 1, 3) for d_HMK in (dk_HMK, dv_HMK)
@@ -309,7 +311,7 @@ def _put(x, row, start, part, join, *, axis: int = 0):
 # Rows to blocks.
 
 
-def _by_cheapest(program, q_ids_BL, k_ids_BM, tiles: sliding.Config | None):
+def _by_cheapest(program, q_ids_BL, k_ids_BM, *, tiles: sliding.Config | None = None):
     """program(blocks), of the ways to cut rows the one that costs least with these ids."""
     ways = _ways(q_ids_BL, k_ids_BM, tiles)
     if len(ways) == 1:
@@ -324,12 +326,15 @@ def _ways(q_ids_BL, k_ids_BM, tiles: sliding.Config | None) -> list[_Blocks]:
     sizes = [tuple(_size(length, block) for length in lengths) for block in BLOCKS]
     if tiles is not None:
         sizes = [(tiles.tile_tokens, tiles.tile_tokens)]
-    return [_cut(q_ids_BL, k_ids_BM, size, tiles) for size in dict.fromkeys(sizes)]
+    return [_cut(q_ids_BL, k_ids_BM, size, tiles=tiles) for size in dict.fromkeys(sizes)]
 
 
-def _cut(q_ids_BL, k_ids_BM, sizes: tuple[int, int], tiles: sliding.Config | None) -> _Blocks:
+def _cut(
+    q_ids_BL, k_ids_BM, sizes: tuple[int, int], *, tiles: sliding.Config | None = None
+) -> _Blocks:
+    """Rows cut into blocks of (queries, keys)."""
     queries, keys = (
-        _side(ids, none, size, tiles)
+        _side(ids, none, size, tiles=tiles)
         for ids, none, size in zip(pad_ids(q_ids_BL, k_ids_BM, 1, 1), PADDING, sizes, strict=True)
     )
     seen_ij = None if tiles is None else tiles.seen(q_ids_BL.shape[1], queries.size, keys.size)
@@ -344,7 +349,7 @@ def _cut(q_ids_BL, k_ids_BM, sizes: tuple[int, int], tiles: sliding.Config | Non
     return _Blocks(queries, keys, of_queries, of_keys, alike_Bij)
 
 
-def _side(ids_BL, none: int, size: int, tiles: sliding.Config | None) -> _Side:
+def _side(ids_BL, none: int, size: int, *, tiles: sliding.Config | None) -> _Side:
     B, L = ids_BL.shape
     if tiles is None:
         starts_Bi = _starts(ids_BL, size)

@@ -31,7 +31,7 @@ def check(path: str) -> None:
         remedy = (
             f"did you mean {os.path.join(folder, near[0])}?"
             if near
-            else ("give an experiment such as experiments/*.py")
+            else "give an experiment such as experiments/*.py"
         )
         raise InputError(f"no config file {path}; {remedy}")
     try:

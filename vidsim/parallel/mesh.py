@@ -47,7 +47,8 @@ def make(config: Config, devices=None) -> jax.sharding.Mesh:
     if len(devices) % fixed:
         raise InputError(
             f"mesh {written}: the product {fixed} does not divide the {len(devices)} devices; "
-            "choose sizes that do, and fsdp=-1 for all devices that the others leave"
+            "choose sizes that do, with one of -1 for what they leave, or start with a multiple of "
+            f"{fixed} devices"
         )
     if free:
         sizes[free[0]] = len(devices) // fixed

@@ -61,7 +61,8 @@ def case_of(run: Run, mesh: jax.sharding.Mesh, asked: Asked) -> Case:
     """What a run trains on a step on a mesh.
 
     Raises:
-      InputError: the autoencoder without a clip, or with one that it cannot take, or the other way.
+      InputError: the autoencoder without a clip, or with one that it cannot take; flags of the
+        other model.
     """
     if asked.model == "dit":
         if asked.clip or asked.clips:
@@ -70,6 +71,11 @@ def case_of(run: Run, mesh: jax.sharding.Mesh, asked: Asked) -> Case:
                 "leave them out: rows are told by --rows and --length"
             )
         return rows_case(run, asked.length or None, asked.rows or None)
+    if asked.rows or asked.length:
+        raise InputError(
+            "--rows and --length are the transformer's, and --model is vae; leave them out: clips "
+            "are told by --clip and --clips"
+        )
     if not asked.clip:
         raise InputError("--model=vae needs the clips' size; give one, such as --clip=81x480x832")
     try:
@@ -146,12 +152,21 @@ def init_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
     return aot.compile_program(jax.jit(make, out_shardings=made.shardings).lower(key), mesh)
 
 
-def step_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
-    """Compiles the step that trains."""
+def lowered_step(run: Run, case: Case, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """The step that trains, as it goes to the compiler.
+
+    Raises:
+      InputError: rows, microbatches, tokens or heads do not divide over the mesh.
+    """
     made = training.program(run, case.task, mesh)
     now = state.abstract(case.task.make_model, made.tx, made.shardings)
     batch = place(case, mesh, made.rules)
-    return aot.compile_program(made.step.func.lower(*made.step.args, now, batch), mesh)
+    return made.step.func.lower(*made.step.args, now, batch)
+
+
+def step_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
+    """Compiles the step that trains."""
+    return aot.compile_program(lowered_step(run, case, mesh), mesh)
 
 
 def held(run: Run, case: Case, mesh: jax.sharding.Mesh) -> dict[str, int]:
@@ -164,7 +179,7 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     """Compiles init and step of an experiment for a slice; `say` is told what is for people."""
     mesh = meshes.make(run.mesh_config, devices)
     case = case_of(run, mesh, asked)
-    place(case, mesh, training.program(run, case.task, mesh).rules)  # refused before it compiles
+    lowered = lowered_step(run, case, mesh)  # first: it refuses what does not divide
     say(f"{run.config['name']}, {case.text}, {case.how}")
     say(f"on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh {_written(mesh)}")
     parts = held(run, case, mesh)
@@ -173,7 +188,7 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     say("compiling what makes the state")
     init = init_of(run, case, mesh)
     say("compiling the step: minutes, where the model is large")
-    step = step_of(run, case, mesh)
+    step = aot.compile_program(lowered, mesh)
     for table in tables(step, case, mesh):
         say(table)
     fits = init.fits and step.fits
