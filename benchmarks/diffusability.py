@@ -154,7 +154,7 @@ def main(
             say(table(found))
     if folder:
         panels = [
-            (title, of, {term: curves[name] for term, curves in found.items()})
+            figures.Chart(title, of, {term: curves[name] for term, curves in found.items()})
             for title, of, name in (
                 ("PSNR of held-out clips, dB", "steps of the autoencoder", "psnr_db"),
                 ("SSIM of held-out clips", "steps of the autoencoder", "ssim"),

@@ -12,6 +12,7 @@ within a factor of 2 of each other. The second: over a few steps the sizes of wh
 
 # B rows, L tokens, P patch values, M segments a row
 
+import collections
 import dataclasses
 import functools
 import math
@@ -39,6 +40,8 @@ RATES = tuple(2.0**power for power in range(-9, -2))  # of Muon
 ADAM_OVER_MUON = 0.1
 STEPS = 100
 LAST = 20  # steps whose mean loss is a run's
+SHOWN = 1.3  # the largest loss that is drawn; what diverged has more
+SEEDS = 3  # of weights, over which changes of activations are averaged
 GRID = (4, 4, 4)  # latents of a clip
 WORDS = 8  # speeds, and wavelengths
 P, B, M = 8, 4, 2
@@ -118,7 +121,7 @@ class Trained:
 
 
 def trainer(config: dit.Config, steps: int):
-    """`train(rate) -> Trained`; one program for all rates."""
+    """`train(rate, seed of the weights) -> Trained`; one program for all."""
     make_model = functools.partial(model_of, config)
     graph = state.graph_of(make_model)
     loss = objectives.bind(
@@ -138,8 +141,8 @@ def trainer(config: dit.Config, steps: int):
         updates, opt_state = tx(rate).update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
-    def train(rate: float) -> Trained:
-        before = jax.jit(lambda key: state.split(make_model, key)[1])(jax.random.key(0))
+    def train(rate: float, seed: int = 0) -> Trained:
+        before = jax.jit(lambda key: state.split(make_model, key)[1])(jax.random.key(seed))
         params, opt_state, losses = before, tx(rate).init(before), []
         for number in range(steps):
             params, opt_state, value = step(params, opt_state, rate, number)
@@ -167,10 +170,15 @@ def activations(config: dit.Config, params) -> dict[str, np.ndarray]:
 
 
 def moved(config: dit.Config, rate: float, steps: int) -> dict[str, float]:
-    """By how much (rms) `steps` of training move activations."""
-    trained = trainer(config, steps)(rate)
-    before, after = (activations(config, p) for p in (trained.before, trained.after))
-    return {name: float(np.sqrt(np.mean(np.square(after[name] - before[name])))) for name in after}
+    """By how much (rms, over seeds too) `steps` of training move activations."""
+    squares = collections.defaultdict(list)
+    train = trainer(config, steps)
+    for seed in range(SEEDS):
+        trained = train(rate, seed)
+        before, after = (activations(config, p) for p in (trained.before, trained.after))
+        for name, value in after.items():
+            squares[name].append(np.mean(np.square(value - before[name])))
+    return {name: float(np.sqrt(np.mean(found))) for name, found in squares.items()}
 
 
 def slopes(sizes: dict[int, dict[str, float]]) -> dict[str, float]:
@@ -221,12 +229,13 @@ def main(out: str = "docs/mup.svg") -> list[dict]:
     panels = []
     for name, found in losses.items():
         lines = {f"width {width}": points for width, points in found.items()}
-        panels.append((f"{name}: loss after {STEPS} steps", "learning rate of Muon", lines))
+        title = f"{name}: loss after {STEPS} steps"
+        panels.append(figures.Chart(title, "learning rate of Muon", lines, top=SHOWN))
     for name, found in coordinates.items():
         lines = {
             label: {width: sizes[label] for width, sizes in found.items()} for label in found[BASE]
         }
-        panels.append((f"{name}: change of activations in 5 steps", "width", lines))
+        panels.append(figures.Chart(f"{name}: change of activations in 5 steps", "width", lines))
     figures.log_charts(panels, out)
     best = {
         name: {width: best_rate(points) for width, points in found.items()}

@@ -72,7 +72,7 @@ def test_the_state_of_a_slice_is_made_in_its_shards(new_process, config):
     """Two devices hold half of what one does."""
     found = []
     for topology in ("v5p:1x1x1", "v5p:2x1x1"):
-        arguments = ("compile", f"--config={config}", f"--topology={topology}")
+        arguments = ("compile", f"--config={config}", f"--topology={topology}", "--quick")
         found.append(new_process("-m", "vidsim.cli.main", *arguments).summary)
     whole, half = (told["step"]["memory_gib"]["arguments"] for told in found)
     assert half == pytest.approx(whole / 2, rel=0.2)
@@ -90,10 +90,13 @@ def test_the_state_of_a_slice_is_made_in_its_shards(new_process, config):
 def test_a_program_that_is_too_large_is_told_by_how_much(message):
     from vidsim.parallel import chips
 
+    asked = []
+
     class Lowered:
-        def compile(self):
+        def compile(self, options):
             import jax
 
+            asked.append(options)
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {message}")
 
     import types
@@ -102,7 +105,9 @@ def test_a_program_that_is_too_large_is_told_by_how_much(message):
 
     device = types.SimpleNamespace(device_kind="TPU v5")
     mesh = types.SimpleNamespace(devices=np.array([device]))
-    result = aot.compile_program(Lowered(), mesh)
-    assert not result.fits
-    assert result.memory.peak == 120.5 * chips.GIB
-    assert result.estimate is None
+    for quick in (False, True):
+        result = aot.compile_program(Lowered(), mesh, quick=quick)
+        assert not result.fits
+        assert result.memory.peak == 120.5 * chips.GIB
+        assert result.estimate is None
+    assert asked == [None, aot.QUICK]

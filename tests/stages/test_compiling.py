@@ -40,6 +40,18 @@ def result(peak_gib: float, seconds: float = 1.0, exchanges=(), xla_flops=None) 
     return aot.Result(memory, peak_gib <= 95, 1.0, estimate, exchanges, xla_flops)
 
 
+def compiled_as(monkeypatch, lowered, quick: bool = False) -> None:
+    """What stands for a lowered step is what becomes of it."""
+    asked = quick
+
+    def compile_program(lowered, mesh, *, quick: bool):
+        assert quick == asked
+        return lowered
+
+    monkeypatch.setattr(compiling, "lowered_step", lowered)
+    monkeypatch.setattr(aot, "compile_program", compile_program)
+
+
 @pytest.fixture
 def slice_of(monkeypatch):
     """Devices of a slice that is not there, and meshes of them."""
@@ -60,7 +72,7 @@ def test_a_search_takes_of_each_mesh_and_microbatch_the_least_remat_that_fits(
 ):
     tried = []
 
-    def step_of(run, case, mesh):
+    def lowered(run, case, mesh):
         accumulate = run.optimizers["dit"].accumulate
         tried.append((case.batch["text_ids_BL"][0], tuple(mesh.shape.values()), run.dit.remat))
         if mesh.shape["tensor"] > 1:
@@ -68,9 +80,9 @@ def test_a_search_takes_of_each_mesh_and_microbatch_the_least_remat_that_fits(
         order = compiling.REMATS.index(run.dit.remat)
         return result(120 - 10 * order - 10 * accumulate, seconds=10 - order / mesh.shape["fsdp"])
 
-    monkeypatch.setattr(compiling, "step_of", step_of)
+    compiled_as(monkeypatch, lowered, quick=True)
     monkeypatch.setattr(compiling.tasks, "dit_task", lambda run: None)
-    asked = compiling.Asked(rows=4, length=64)
+    asked = compiling.Asked(rows=4, length=64, quick=True)
     told = []
     found = compiling.found(run_with, asked, slice_of(4), told.append)
     assert {batch for batch, *_ in tried} == {(4, 64)}
@@ -96,11 +108,11 @@ def test_what_fits_with_no_remat_is_told_and_offload_is_the_last_that_is_tried(
 ):
     tried = []
 
-    def step_of(run, case, mesh):
+    def lowered(run, case, mesh):
         tried.append(run.dit.remat)
         return result(100)
 
-    monkeypatch.setattr(compiling, "step_of", step_of)
+    compiled_as(monkeypatch, lowered)
     found = list(compiling.search(run_with, compiling.Asked(rows=1), slice_of(1)))
     assert tried[-1] == "offload" and set(tried) == set(compiling.dit.REMAT_POLICIES)
     assert [type(one) for one in found] == [compiling.Refusal]
@@ -108,7 +120,7 @@ def test_what_fits_with_no_remat_is_told_and_offload_is_the_last_that_is_tried(
 
 
 def test_a_search_that_cannot_be_is_refused_before_anything_is_compiled(slice_of, monkeypatch):
-    monkeypatch.setattr(compiling, "step_of", None)
+    monkeypatch.setattr(compiling, "lowered_step", None)
     for asked, message in (
         (compiling.Asked(model="vae", clip="5x32x32"), r"--search varies fields .* leave --search"),
         (compiling.Asked(rows=3, length=125), "3 rows of 125 tokens divide over no mesh of 4"),
@@ -201,10 +213,10 @@ def test_the_state_of_a_device_is_told_by_its_parts(slice_of, monkeypatch):
     assert parts["moments"] > parts["params"]
 
     monkeypatch.setattr(compiling.meshes, "make", lambda config, devices: mesh)
-    monkeypatch.setattr(compiling, "init_of", lambda *args: aot.Result(None, True, 1.0))
-    monkeypatch.setattr(aot, "compile_program", lambda *args: aot.Result(None, False, 1.0))
+    compiled_as(monkeypatch, lambda *args: aot.Result(None, False, 1.0), quick=True)
+    monkeypatch.setattr(compiling, "lowered_init", lambda *args: aot.Result(None, True, 1.0))
     said = []
-    told = compiling.told_of(run, compiling.Asked(), [], said.append)
+    told = compiling.told_of(run, compiling.Asked(quick=True), [], said.append)
     assert list(told["state_gib"]) == list(parts) and not told["fits"]
     assert any("ema/0.02" in str(one) for one in said)
     assert said[-1] == "verdict: does not fit"

@@ -29,6 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, PADDING, Visits, meeting, pad_ids, visits
+from vidsim.layers.linear import inner
 
 # Queries, or keys, of a block, about: on smaller ones XLA works with one core.
 BLOCKS = (1024, 512)
@@ -119,9 +120,8 @@ def _backward(tiles, residuals, cotangents):
     q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM, o_BLNK, lse_BNL = residuals
     do_BLNK, dlse_BNL = cotangents
     B, L, N, K = q_BLNK.shape
-    delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
     # Masked queries have p = 0 by the mask alone, whatever their lse.
-    shift_BNL = dlse_BNL - delta_BLN.transpose(0, 2, 1)
+    shift_BNL = dlse_BNL - inner(o_BLNK, do_BLNK).transpose(0, 2, 1)
     q_BLNK = q_BLNK * K**-0.5
     of_queries = (
         *(_columns(x_BLNK) for x_BLNK in (q_BLNK, do_BLNK)),

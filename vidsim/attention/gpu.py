@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton
 
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, Visits, meeting, pad_ids, visits
+from vidsim.layers.linear import inner
 
 LOG2_E = math.log2(math.e)  # the hardware has exp2
 
@@ -83,7 +84,7 @@ def _backward(tiles, interpret, residuals, cotangents):
     meet_Bij = meeting(q_ids, k_ids, *BACKWARD)
     of_queries = visits(meet_Bij, seen_ij)
     of_keys = visits(meet_Bij.mT, None if seen_ij is None else seen_ij.T)
-    delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
+    delta_BLN = inner(o_BLNK, do_BLNK)
     padding = ((0, 0), (0, 0), (0, q_ids.shape[1] - L))
     shift = jnp.pad(dlse_BNL - delta_BLN.transpose(0, 2, 1), padding)
     lse = jnp.pad(lse_BNL, padding)

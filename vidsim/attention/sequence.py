@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from vidsim.errors import InputError
+from vidsim.layers.linear import inner
 
 # (q_BLNK, k_BMNK, v_BMNK, q_ids_BL, k_ids_BM) -> (o_BLNK, lse_BNL)
 Kernel = Callable[..., tuple[jax.Array, jax.Array]]
@@ -104,7 +105,7 @@ def _ring_forward(kernel: Kernel, q, k, v, ids):
 def _ring_backward(kernel: Kernel, kept, d_out):
     q, k, v, ids, out, lse = kept
     d_out = d_out.astype(jnp.float32)
-    along = jnp.sum(d_out * out, axis=-1)
+    along = inner(d_out, out)
 
     def step(held):
         """Gradients of q, k and v by the part of the row that is held."""
@@ -114,7 +115,7 @@ def _ring_backward(kernel: Kernel, kept, d_out):
 
         (one, one_lse), pull = jax.vjp(part, q, *held[:2])
         share = jnp.exp(one_lse - lse)
-        d_lse = share * jnp.swapaxes(jnp.sum(d_out * one, axis=-1) - along, 1, 2)
+        d_lse = share * jnp.swapaxes(inner(d_out, one) - along, 1, 2)
         gradients = pull(((_by_token(share) * d_out).astype(one.dtype), d_lse))
         return [x.astype(jnp.float32) for x in gradients]
 

@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, meeting, pad_ids
+from vidsim.layers.linear import inner
 
 BLOCK = 512  # most tokens of a block; larger ones run faster, smaller ones leave out more
 LANES = 128  # blocks are of multiples of this
@@ -81,7 +82,7 @@ def _backward(tiles, interpret, residuals, cotangents):
     B, L, _, K = q_BLNK.shape
     M = k_BMNK.shape[1]
     q_block, k_block, q_ids, k_ids, meet_Bij = _cut(q_ids_BL, k_ids_BM, tiles)
-    delta_BLN = jnp.sum(o_BLNK.astype(jnp.float32) * do_BLNK.astype(jnp.float32), axis=-1)
+    delta_BLN = inner(o_BLNK, do_BLNK)
     padding = ((0, 0), (0, 0), (0, q_ids.shape[1] - L))
     # lse adds p dlse to the gradient of the scores, where delta takes p delta.
     delta_BNL = jnp.pad(delta_BLN.transpose(0, 2, 1) - dlse_BNL, padding)

@@ -10,6 +10,7 @@ import os
 import re
 import textwrap
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
@@ -139,31 +140,40 @@ def bar_chart(values: dict[str, float], title: str, *, marked: str) -> str:
     return _svg(figure, title + ": " + ", ".join(f"{k} {v:.3g}" for k, v in values.items()))
 
 
-def log_charts(
-    charts: Sequence[tuple[str, str, dict[str, dict[float, float]]]], path: str | os.PathLike
-) -> None:
+class Chart(NamedTuple):
+    """Lines of values over 0."""
+
+    title: str
+    x_label: str
+    lines: dict[str, dict[float, float]]  # {label: {x: y}}
+    top: float | None = None  # what is larger is cut off
+
+
+def log_charts(charts: Sequence[Chart], path: str | os.PathLike) -> None:
     """Writes an SVG file of charts in two columns; what spans more than 1 : 3 is logarithmic.
 
-    A chart is (title, what x is, {label: {x: y}}), of values over 0. The file is white and needs no
-    page around it.
+    The file is white and needs no page around it.
     """
     ink = {key: "#222222" for key, value in _STYLE.items() if value == _INK}
     with matplotlib.rc_context(_STYLE | ink | {"figure.facecolor": "white"}):
         rows = math.ceil(len(charts) / 2)
         figure = Figure(figsize=(9.6, 3.3 * rows), layout="constrained")
-        for place, (title, x_label, lines) in enumerate(charts, 1):
+        for place, chart in enumerate(charts, 1):
             axes = figure.add_subplot(rows, 2, place)
-            shades = matplotlib.colormaps["plasma"](np.linspace(0.15, 0.8, len(lines)))
-            for shade, (label, points) in zip(shades, lines.items(), strict=True):
+            shades = matplotlib.colormaps["plasma"](np.linspace(0.15, 0.8, len(chart.lines)))
+            for shade, (label, points) in zip(shades, chart.lines.items(), strict=True):
                 x, y = np.array(sorted(points.items()), np.float64).T
                 axes.plot(x, y, "o-", color=shade, linewidth=1.5, markersize=3.5, label=label)
-            x, y = np.array([point for line in lines.values() for point in line.items()]).T
+            x, y = np.array([point for line in chart.lines.values() for point in line.items()]).T
+            y = np.minimum(y, chart.top or np.inf)
             if 0 < 3 * x.min() < x.max():
                 axes.set_xscale("log", base=2)
             if 0 < 3 * y.min() < y.max():
                 axes.set_yscale("log")
-            axes.set_title(title, loc="left")
-            axes.set_xlabel(x_label)
+            if chart.top and y.max() == chart.top:
+                axes.set_ylim(top=chart.top)
+            axes.set_title(chart.title, loc="left")
+            axes.set_xlabel(chart.x_label)
             axes.legend(fontsize=8)
         with files.atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -4,14 +4,33 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidsim.layers.linear import inner
+
 EPSILON = 1e-6
 
 
+@jax.custom_vjp
 def rms_normalise(x: jax.Array) -> jax.Array:
-    """x / rms(x) over the last axis; computed in float32, returned in x's dtype."""
+    """x / rms(x) over the last axis; computed in float32, returned in x's dtype.
+
+    It has gradients in reverse mode alone.
+    """
     x_f32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True)
-    return (x_f32 * jax.lax.rsqrt(mean_square + EPSILON)).astype(x.dtype)
+    return (x_f32 * _factor(x_f32)).astype(x.dtype)
+
+
+def _factor(x_f32):
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + EPSILON)
+
+
+def _gradient(x, g):
+    x_f32, g_f32 = x.astype(jnp.float32), g.astype(jnp.float32)
+    factor = _factor(x_f32)
+    along = jnp.square(factor) * inner(g, x)[..., None] / x.shape[-1]
+    return ((factor * (g_f32 - along * x_f32)).astype(x.dtype),)
+
+
+rms_normalise.defvjp(lambda x: (rms_normalise(x), x), _gradient)
 
 
 class RMSNorm(nnx.Module):

@@ -55,6 +55,7 @@ class Asked:
     rows: int = 0
     clip: str = ""  # of the autoencoder: FRAMESxHEIGHTxWIDTH
     clips: int = 0  # by default one a device
+    quick: bool = False  # see aot.compile_program
 
 
 def case_of(run: Run, mesh: jax.sharding.Mesh, asked: Asked) -> Case:
@@ -140,8 +141,8 @@ def place(
     return found
 
 
-def init_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
-    """Compiles what makes the state."""
+def lowered_init(run: Run, case: Case, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
+    """What makes the state, as it goes to the compiler."""
     made = training.program(run, case.task, mesh)
 
     def make(key):
@@ -149,7 +150,7 @@ def init_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
 
     whole = NamedSharding(mesh, PartitionSpec())
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=whole)
-    return aot.compile_program(jax.jit(make, out_shardings=made.shardings).lower(key), mesh)
+    return jax.jit(make, out_shardings=made.shardings).lower(key)
 
 
 def lowered_step(run: Run, case: Case, mesh: jax.sharding.Mesh) -> jax.stages.Lowered:
@@ -162,11 +163,6 @@ def lowered_step(run: Run, case: Case, mesh: jax.sharding.Mesh) -> jax.stages.Lo
     now = state.abstract(case.task.make_model, made.tx, made.shardings)
     batch = place(case, mesh, made.rules)
     return made.step.func.lower(*made.step.args, now, batch)
-
-
-def step_of(run: Run, case: Case, mesh: jax.sharding.Mesh) -> aot.Result:
-    """Compiles the step that trains."""
-    return aot.compile_program(lowered_step(run, case, mesh), mesh)
 
 
 def held(run: Run, case: Case, mesh: jax.sharding.Mesh) -> dict[str, int]:
@@ -186,9 +182,10 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     rows = [(name, f"{size / chips.GIB:.2f}") for name, size in parts.items()]
     say(Table("state of a device", ("", "GiB"), rows, ()))
     say("compiling what makes the state")
-    init = init_of(run, case, mesh)
-    say("compiling the step: minutes, where the model is large")
-    step = aot.compile_program(lowered, mesh)
+    init = aot.compile_program(lowered_init(run, case, mesh), mesh, quick=asked.quick)
+    hint = "" if asked.quick else "; of convolutions half an hour, or less with --quick"
+    say(f"compiling the step: minutes, where the model is large{hint}")
+    step = aot.compile_program(lowered, mesh, quick=asked.quick)
     for table in tables(step, case, mesh):
         say(table)
     fits = init.fits and step.fits
@@ -385,9 +382,10 @@ def _first_that_fits(run_with, asked: Asked, devices, mesh, accumulate) -> Choic
         try:
             made = meshes.make(run.mesh_config, devices)
             case = case_of(run, made, asked)
-            result = step_of(run, case, made)
+            lowered = lowered_step(run, case, made)
         except InputError as error:  # which no other remat mends
             return Refusal(mesh, accumulate, str(error))
+        result = aot.compile_program(lowered, made, quick=asked.quick)
         if result.fits:
             seconds = result.estimate.scheduled
             peak = result.memory.peak / chips.GIB

@@ -16,6 +16,10 @@ from vidsim.training import muon
 # Embeddings, inputs, heads and modulation weights are no hidden matrices: AdamW serves them.
 NOT_HIDDEN = ("embedding", "modulation", "time/", "patches_in", "text_in", "head")
 
+# Of AdamW. Gradients fall with the width, and what is added to their size must stay below it, or
+# wide networks learn less than narrow ones (arXiv:2407.05872).
+ADAM_EPSILON = 1e-15
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -102,7 +106,9 @@ def make(
 
     muon_rate = schedule(config, steps, config.learning_rate)
     adam_rate = schedule(config, steps, config.adam_learning_rate)
-    adam = optax.adamw(adam_rate, b1=0.9, b2=0.95, weight_decay=0.0, nesterov=True)
+    adam = optax.adamw(
+        adam_rate, b1=0.9, b2=0.95, eps=ADAM_EPSILON, weight_decay=0.0, nesterov=True
+    )
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.partition(
