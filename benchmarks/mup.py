@@ -41,7 +41,7 @@ ADAM_OVER_MUON = 0.1
 STEPS = 100
 LAST = 20  # steps whose mean loss is a run's
 SHOWN = 1.3  # the largest loss that is drawn; what diverged has more
-SEEDS = 3  # of weights, over which changes of activations are averaged
+SEEDS = 3  # of the weights, over which changes of activations are averaged
 GRID = (4, 4, 4)  # latents of a clip
 WORDS = 8  # speeds, and wavelengths
 P, B, M = 8, 4, 2
@@ -141,8 +141,12 @@ def trainer(config: dit.Config, steps: int):
         updates, opt_state = tx(rate).update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
+    @jax.jit
+    def init(key):
+        return state.split(make_model, key)[1]
+
     def train(rate: float, seed: int = 0) -> Trained:
-        before = jax.jit(lambda key: state.split(make_model, key)[1])(jax.random.key(seed))
+        before = init(jax.random.key(seed))
         params, opt_state, losses = before, tx(rate).init(before), []
         for number in range(steps):
             params, opt_state, value = step(params, opt_state, rate, number)
@@ -169,11 +173,11 @@ def activations(config: dit.Config, params) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in (found | {"stream": model(*row)}).items()}
 
 
-def moved(config: dit.Config, rate: float, steps: int) -> dict[str, float]:
-    """By how much (rms, over seeds too) `steps` of training move activations."""
+def moved(config: dit.Config, rate: float, steps: int, seeds: int = SEEDS) -> dict[str, float]:
+    """By how much (rms, over seeds of the weights too) `steps` of training move activations."""
     squares = collections.defaultdict(list)
     train = trainer(config, steps)
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         trained = train(rate, seed)
         before, after = (activations(config, p) for p in (trained.before, trained.after))
         for name, value in after.items():

@@ -40,15 +40,14 @@ def result(peak_gib: float, seconds: float = 1.0, exchanges=(), xla_flops=None) 
     return aot.Result(memory, peak_gib <= 95, 1.0, estimate, exchanges, xla_flops)
 
 
-def compiled_as(monkeypatch, lowered, quick: bool = False) -> None:
+def compiled_as(monkeypatch, lowered_step, expected: bool = False) -> None:
     """What stands for a lowered step is what becomes of it."""
-    asked = quick
 
-    def compile_program(lowered, mesh, *, quick: bool):
-        assert quick == asked
+    def compile_program(lowered, mesh, *, quick: bool = False):
+        assert quick == expected
         return lowered
 
-    monkeypatch.setattr(compiling, "lowered_step", lowered)
+    monkeypatch.setattr(compiling, "lowered_step", lowered_step)
     monkeypatch.setattr(aot, "compile_program", compile_program)
 
 
@@ -80,9 +79,9 @@ def test_a_search_takes_of_each_mesh_and_microbatch_the_least_remat_that_fits(
         order = compiling.REMATS.index(run.dit.remat)
         return result(120 - 10 * order - 10 * accumulate, seconds=10 - order / mesh.shape["fsdp"])
 
-    compiled_as(monkeypatch, lowered, quick=True)
+    compiled_as(monkeypatch, lowered)
     monkeypatch.setattr(compiling.tasks, "dit_task", lambda run: None)
-    asked = compiling.Asked(rows=4, length=64, quick=True)
+    asked = compiling.Asked(rows=4, length=64)
     told = []
     found = compiling.found(run_with, asked, slice_of(4), told.append)
     assert {batch for batch, *_ in tried} == {(4, 64)}
@@ -123,6 +122,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_compiled(slice_of
     monkeypatch.setattr(compiling, "lowered_step", None)
     for asked, message in (
         (compiling.Asked(model="vae", clip="5x32x32"), r"--search varies fields .* leave --search"),
+        (compiling.Asked(quick=True), "--search ranks .* leave one of them out"),
         (compiling.Asked(rows=3, length=125), "3 rows of 125 tokens divide over no mesh of 4"),
     ):
         with pytest.raises(InputError, match=message):
@@ -213,10 +213,10 @@ def test_the_state_of_a_device_is_told_by_its_parts(slice_of, monkeypatch):
     assert parts["moments"] > parts["params"]
 
     monkeypatch.setattr(compiling.meshes, "make", lambda config, devices: mesh)
-    compiled_as(monkeypatch, lambda *args: aot.Result(None, False, 1.0), quick=True)
+    compiled_as(monkeypatch, lambda *args: aot.Result(None, False, 1.0), expected=True)
     monkeypatch.setattr(compiling, "lowered_init", lambda *args: aot.Result(None, True, 1.0))
     said = []
     told = compiling.told_of(run, compiling.Asked(quick=True), [], said.append)
     assert list(told["state_gib"]) == list(parts) and not told["fits"]
     assert any("ema/0.02" in str(one) for one in said)
-    assert said[-1] == "verdict: does not fit"
+    assert said[-1] == "verdict: does not fit, with 10% of the memory to spare"

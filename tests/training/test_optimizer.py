@@ -141,6 +141,18 @@ def test_rates_of_adamw_have_their_factor_and_those_of_muon_have_none():
     np.testing.assert_allclose(plain["head"]["kernel"], -0.001 * 1.4737, rtol=1e-3)
 
 
+def test_updates_of_adamw_do_not_depend_on_the_size_of_gradients():
+    """Of wide networks they are small: an epsilon of 1e-8 would be as large."""
+    params = {"head": {"kernel": jnp.ones((8, 2))}}
+    tx = optimizer.make(dataclasses.replace(CONFIG, clip_norm=1e3), 100)
+
+    def update(size):
+        gradients = jax.tree.map(lambda leaf: size * leaf, params)
+        return jax.jit(tx.update)(gradients, tx.init(params), params)[0]["head"]["kernel"]
+
+    np.testing.assert_allclose(update(1e-9), update(1.0), rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

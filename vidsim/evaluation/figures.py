@@ -146,7 +146,7 @@ class Chart(NamedTuple):
     title: str
     x_label: str
     lines: dict[str, dict[float, float]]  # {label: {x: y}}
-    top: float | None = None  # what is larger is cut off
+    top: float | None = None  # what is larger is cut off; not all is
 
 
 def log_charts(charts: Sequence[Chart], path: str | os.PathLike) -> None:
@@ -159,24 +159,28 @@ def log_charts(charts: Sequence[Chart], path: str | os.PathLike) -> None:
         rows = math.ceil(len(charts) / 2)
         figure = Figure(figsize=(9.6, 3.3 * rows), layout="constrained")
         for place, chart in enumerate(charts, 1):
-            axes = figure.add_subplot(rows, 2, place)
-            shades = matplotlib.colormaps["plasma"](np.linspace(0.15, 0.8, len(chart.lines)))
-            for shade, (label, points) in zip(shades, chart.lines.items(), strict=True):
-                x, y = np.array(sorted(points.items()), np.float64).T
-                axes.plot(x, y, "o-", color=shade, linewidth=1.5, markersize=3.5, label=label)
-            x, y = np.array([point for line in chart.lines.values() for point in line.items()]).T
-            y = np.minimum(y, chart.top or np.inf)
-            if 0 < 3 * x.min() < x.max():
-                axes.set_xscale("log", base=2)
-            if 0 < 3 * y.min() < y.max():
-                axes.set_yscale("log")
-            if chart.top and y.max() == chart.top:
-                axes.set_ylim(top=chart.top)
-            axes.set_title(chart.title, loc="left")
-            axes.set_xlabel(chart.x_label)
-            axes.legend(fontsize=8)
+            _draw(figure.add_subplot(rows, 2, place), chart)
         with files.atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def _draw(axes, chart: Chart) -> None:
+    shades = matplotlib.colormaps["plasma"](np.linspace(0.15, 0.8, len(chart.lines)))
+    for shade, (label, points) in zip(shades, chart.lines.items(), strict=True):
+        x, y = np.array(sorted(points.items()), np.float64).T
+        axes.plot(x, y, "o-", color=shade, linewidth=1.5, markersize=3.5, label=label)
+    x, y = np.array([point for line in chart.lines.values() for point in line.items()]).T
+    y = y[np.isfinite(y)]
+    if 0 < 3 * x.min() < x.max():
+        axes.set_xscale("log", base=2)
+    if chart.top is not None and y.max() > chart.top:
+        y = y[y <= chart.top]
+        axes.set_ylim(y.min() - 0.05 * (chart.top - y.min()), chart.top)
+    if 0 < 3 * y.min() < y.max():
+        axes.set_yscale("log")
+    axes.set_title(chart.title, loc="left")
+    axes.set_xlabel(chart.x_label)
+    axes.legend(fontsize=8)
 
 
 def contact_sheet(

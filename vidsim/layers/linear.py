@@ -78,7 +78,8 @@ def inner(a: jax.Array, b: jax.Array) -> jax.Array:
     """sum(a * b) over the last axis, float32."""
     product = a.astype(jnp.float32) * b.astype(jnp.float32)
     if sharding.platform() == "cpu":
-        # XLA would make a matrix product of each two rows: that takes over ten times as long.
+        # XLA would make a product of matrices of each two rows: 1088 of 512 numbers in float32
+        # take 2.1 ms, and 0.16 as it is here.
         product = jax.lax.optimization_barrier(product)
     return jnp.sum(product, axis=-1)
 

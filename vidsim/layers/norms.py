@@ -23,14 +23,14 @@ def _factor(x_f32):
     return jax.lax.rsqrt(jnp.mean(jnp.square(x_f32), axis=-1, keepdims=True) + EPSILON)
 
 
-def _gradient(x, g):
+def _rms_gradient(x, g):
     x_f32, g_f32 = x.astype(jnp.float32), g.astype(jnp.float32)
     factor = _factor(x_f32)
-    along = jnp.square(factor) * inner(g, x)[..., None] / x.shape[-1]
+    along = jnp.square(factor) * inner(g_f32, x_f32)[..., None] / x.shape[-1]
     return ((factor * (g_f32 - along * x_f32)).astype(x.dtype),)
 
 
-rms_normalise.defvjp(lambda x: (rms_normalise(x), x), _gradient)
+rms_normalise.defvjp(lambda x: (rms_normalise(x), x), _rms_gradient)
 
 
 class RMSNorm(nnx.Module):

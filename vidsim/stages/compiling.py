@@ -183,13 +183,14 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     say(Table("state of a device", ("", "GiB"), rows, ()))
     say("compiling what makes the state")
     init = aot.compile_program(lowered_init(run, case, mesh), mesh, quick=asked.quick)
-    hint = "" if asked.quick else "; of convolutions half an hour, or less with --quick"
-    say(f"compiling the step: minutes, where the model is large{hint}")
+    long = "most of an hour; minutes with --quick" if asked.model == "vae" else "minutes"
+    say(f"compiling the step: {'minutes' if asked.quick else long}, where the model is large")
     step = aot.compile_program(lowered, mesh, quick=asked.quick)
     for table in tables(step, case, mesh):
         say(table)
     fits = init.fits and step.fits
-    say(f"verdict: {'fits' if fits else 'does not fit'}")
+    spare = f", with {aot.QUICK_SPARES:.0%} of the memory to spare" if asked.quick else ""
+    say(f"verdict: {'fits' if fits else 'does not fit'}{spare}")
     return {
         "mesh": dict(mesh.shape),
         "parameters": case.parameters,
@@ -353,8 +354,14 @@ def search(run_with, asked: Asked, devices) -> Iterator[Choice | Refusal]:
     host.
 
     Raises:
-      InputError: another model than the transformer, or no mesh that its rows divide over.
+      InputError: another model than the transformer, no mesh that its rows divide over, or
+        `asked.quick`.
     """
+    if asked.quick:
+        raise InputError(
+            "--search ranks by the exchanges that are hidden, and with --quick none is; leave one "
+            "of them out"
+        )
     if asked.model != "dit":
         raise InputError(
             f"--search varies fields of the transformer, and --model={asked.model} has none of "
@@ -385,7 +392,7 @@ def _first_that_fits(run_with, asked: Asked, devices, mesh, accumulate) -> Choic
             lowered = lowered_step(run, case, made)
         except InputError as error:  # which no other remat mends
             return Refusal(mesh, accumulate, str(error))
-        result = aot.compile_program(lowered, made, quick=asked.quick)
+        result = aot.compile_program(lowered, made)
         if result.fits:
             seconds = result.estimate.scheduled
             peak = result.memory.peak / chips.GIB

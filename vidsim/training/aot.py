@@ -30,9 +30,10 @@ from vidsim.parallel import chips
 from vidsim.training import hlo
 
 # The compiler searches less for a fast program: convolutions, which take longest, compile in a
-# ninth of the time. Exchanges then run beside nothing and need less memory: one step peaked
-# at 79.4 GiB in place of 85.8.
+# ninth of the time. Exchanges then run beside nothing and need less memory: the one step that was
+# compiled both ways peaked at 79.4 GiB in place of 85.8. So a tenth of the memory is to be spare.
 QUICK = {"exec_time_optimization_effort": -1.0}
+QUICK_SPARES = 0.1
 REMEDY = "pip install 'vidsim[tpu]', on any x86-64 Linux; no TPU is needed"
 
 
@@ -137,7 +138,8 @@ def compile_program(
 ) -> Result:
     """Compiles a program that was lowered for the devices of `mesh`.
 
-    With `quick` the compiler searches less: what is told is nearly that of the program that trains.
+    With `quick` the compiler searches less: arithmetic and exchanges are those of the program that
+    trains, but none is hidden, and what fits must leave a tenth of the memory.
     """
     chip = chips.of(mesh.devices.flat[0])
     begin = time.perf_counter()
@@ -155,7 +157,7 @@ def compile_program(
     operations = list(hlo.operations(compiled.as_text()))
     return Result(
         memory,
-        peak <= chip.memory,
+        peak <= chip.memory * (1 - QUICK_SPARES * quick),
         seconds,
         estimate(operations, mesh),
         exchanges(operations, mesh),
