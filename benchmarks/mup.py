@@ -7,7 +7,7 @@ every width, without it ("plain") AdamW's updates of what sums over the width gr
 
 The first claim: the best rates, by a parabola through the three losses around the least one, are
 within a factor of 2 of each other. The second: over a few steps the sizes of what changes,
-(width / 128)^slope, have slopes near 0. Both are drawn to docs/mup.svg.
+(width / 128)^slope, over three seeds, have slopes near 0. Both are drawn to docs/mup.svg.
 """
 
 # B rows, L tokens, P patch values, M segments a row

@@ -43,6 +43,34 @@ def test_a_slice_that_is_none_is_refused(new_process, config, name):
     refused(ended, f"topology '{name}' is no TPU slice", "v5p:4x4x8")
 
 
+def test_what_is_compiled_quickly_must_leave_a_tenth_of_the_memory(monkeypatch):
+    import types
+
+    import numpy as np
+
+    from vidsim.parallel import chips
+
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(device_kind="TPU v5")]))
+    monkeypatch.setattr(aot, "estimate", lambda *args: None)
+    monkeypatch.setattr(aot, "exchanges", lambda *args: ())
+    monkeypatch.setattr(aot.hlo, "operations", lambda text: [])
+
+    def fits(gib: float, quick: bool) -> bool:
+        stats = types.SimpleNamespace(
+            peak_memory_in_bytes=gib * chips.GIB,
+            generated_code_size_in_bytes=0,
+            argument_size_in_bytes=0,
+        )
+        compiled = types.SimpleNamespace(
+            memory_analysis=lambda: stats, as_text=lambda: "", cost_analysis=dict
+        )
+        lowered = types.SimpleNamespace(compile=lambda options: compiled)
+        return aot.compile_program(lowered, mesh, quick=quick).fits
+
+    assert fits(94, quick=False) and not fits(96, quick=False)
+    assert fits(85, quick=True) and not fits(86, quick=True)
+
+
 @needs_compiler
 def test_the_step_of_a_slice_is_compiled_and_judged(new_process, config):
     """With four times the rows: four times the FLOPs, the same weights and exchanges of them."""

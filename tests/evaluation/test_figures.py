@@ -27,6 +27,7 @@ def test_what_diverged_does_not_flatten_what_did_not(diverged):
     assert 0.4 < low < 0.5 and 0.9 < high <= 1.3
 
 
-def test_nothing_is_cut_where_all_is_below():
-    lines = {"fine": {1: 0.9, 2: 0.6}}
+@pytest.mark.parametrize("values", [(0.9, 0.6), (2.0, 3.0), (math.nan, math.nan)])
+def test_nothing_is_cut_where_all_is_below_or_all_diverged(values):
+    lines = {"one": dict(enumerate(values, 1))}
     assert axes_of(lines, top=1.3).get_ylim() == axes_of(lines).get_ylim()

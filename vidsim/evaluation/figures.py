@@ -146,7 +146,7 @@ class Chart(NamedTuple):
     title: str
     x_label: str
     lines: dict[str, dict[float, float]]  # {label: {x: y}}
-    top: float | None = None  # what is larger is cut off; not all is
+    top: float | None = None  # what is larger is cut off, unless all is
 
 
 def log_charts(charts: Sequence[Chart], path: str | os.PathLike) -> None:
@@ -170,13 +170,13 @@ def _draw(axes, chart: Chart) -> None:
         x, y = np.array(sorted(points.items()), np.float64).T
         axes.plot(x, y, "o-", color=shade, linewidth=1.5, markersize=3.5, label=label)
     x, y = np.array([point for line in chart.lines.values() for point in line.items()]).T
-    y = y[np.isfinite(y)]
     if 0 < 3 * x.min() < x.max():
         axes.set_xscale("log", base=2)
-    if chart.top is not None and y.max() > chart.top:
-        y = y[y <= chart.top]
-        axes.set_ylim(y.min() - 0.05 * (chart.top - y.min()), chart.top)
-    if 0 < 3 * y.min() < y.max():
+    finite = y[np.isfinite(y)]
+    below = finite if chart.top is None else finite[finite <= chart.top]
+    if 0 < len(below) < len(finite):
+        axes.set_ylim(below.min() - 0.05 * (chart.top - below.min()), chart.top)
+    if len(below) and 0 < 3 * below.min() < below.max():
         axes.set_yscale("log")
     axes.set_title(chart.title, loc="left")
     axes.set_xlabel(chart.x_label)
