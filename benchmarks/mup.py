@@ -124,7 +124,7 @@ def trainer(config: dit.Config, steps: int):
     """`train(rate, seed of the weights) -> Trained`; one program for all."""
     make_model = functools.partial(model_of, config)
     graph = state.graph_of(make_model)
-    loss = objectives.bind(
+    loss = functools.partial(
         objectives.dit_loss, graph, config.prediction, TIMES, objectives.DiTLoss(0.05, 0.0)
     )
 

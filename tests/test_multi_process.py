@@ -5,10 +5,10 @@ import textwrap
 
 import numpy as np
 import pytest
+from training_log import rows
 
 from vidsim import files
 from vidsim.data.latents import Latents
-from vidsim.training import throughput
 
 PARTS = ("world", "shards", "tokenizer.model", "vae", "latents")
 
@@ -25,14 +25,6 @@ def two(tiny, config, new_process, tmp_path_factory):
         *(f"--config={config}", f"--workdir={workdir}"),
     )
     return launched.summary, workdir
-
-
-def rows(run, model):
-    """The metrics of a training, but for how long it took."""
-    return [
-        {name: value for name, value in row.items() if name not in throughput.NAMES}
-        for row in files.read_jsonl(run / model / "metrics.jsonl")
-    ]
 
 
 def assert_same_training(workdir, tiny):

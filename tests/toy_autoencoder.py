@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from vidsim.models import autoencoder, discriminator
-from vidsim.training import objectives, vae_losses
+from vidsim.training import vae_losses
 
 # B batch, T frames, H height, W width, C channels
 
@@ -92,7 +92,7 @@ def parts_of(config, error=0.0, log_variance=-200.0, power=1, cls=Autoencoder):
 @functools.cache
 def compiled(config, features, **toy):
     graph, params = parts_of(config, **toy)
-    loss = objectives.bind(vae_losses.vae_loss, graph, config, features)
+    loss = functools.partial(vae_losses.vae_loss, graph, config, features)
     return jit(jax.value_and_grad(loss, has_aux=True)), params
 
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -24,7 +26,7 @@ def make_model(rngs):
     return dit.DiT(CONFIG, TEXT, P, rngs)
 
 
-OBJECTIVE = objectives.bind(
+OBJECTIVE = functools.partial(
     objectives.dit_loss,
     state.graph_of(make_model),
     "x0",

@@ -11,7 +11,7 @@ import pytest
 # prints a JSON line: for each mesh how far loss, gradients (Adam's first moments are a tenth of
 # them) and parameters are from those of one device, relative to their largest value.
 CODE = """
-    import dataclasses, json, sys
+    import dataclasses, functools, json, sys
     import jax, numpy as np, optax
     from vidsim.models import dit
     from vidsim.parallel import mesh as meshes, multihost
@@ -28,7 +28,7 @@ CODE = """
     )
     make = lambda rngs: dit.DiT(model, text, P, rngs)
     times = time_sampling.Config(0.0, 1.0, 1.0, 16.0)
-    objective = objectives.bind(
+    objective = functools.partial(
         objectives.dit_loss, state.graph_of(make), "x0", times, objectives.DiTLoss(0.05, 0.3)
     )
     optim = optimizer.Config(1e-2, "widening", "float32", 1e-2, 0.0, 0, 1, 1.0, ())

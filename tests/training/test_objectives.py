@@ -69,7 +69,7 @@ def graph_of(says: str) -> nnx.GraphDef:
 @functools.partial(jit, static_argnums=0)
 def loss_and_gradient(says, x0_BLP, pack, key):
     prediction = "velocity" if says == "velocity" else "x0"
-    loss = objectives.bind(objectives.dit_loss, graph_of(says), prediction, TIMES, LOSS)
+    loss = functools.partial(objectives.dit_loss, graph_of(says), prediction, TIMES, LOSS)
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
         {"x0": x0_BLP}, pack, jax.random.split(key, len(x0_BLP)), 0
     )

@@ -5,6 +5,7 @@ import textwrap
 
 import numpy as np
 import pytest
+from training_log import rows
 
 from vidsim import files, trees
 from vidsim.data import index, prepare
@@ -14,7 +15,6 @@ from vidsim.export import models
 from vidsim.stages import claims
 from vidsim.stages.run import Run
 from vidsim.stages.tasks import dit_training
-from vidsim.training import throughput
 
 # `vidsim`, sent SIGNAL by itself as soon as the metrics of STEP are written.
 SIGNALLED = """
@@ -34,14 +34,6 @@ SIGNALLED = """
     sys.exit(main.execute(sys.argv[3:]))
 """
 SIGKILL, SIGTERM = 9, 15
-
-
-def rows(workdir, model) -> list[dict]:
-    """The metrics of a training, but for how long it took."""
-    return [
-        {name: value for name, value in row.items() if name not in throughput.NAMES}
-        for row in files.read_jsonl(workdir / model / "metrics.jsonl")
-    ]
 
 
 def checkpoints(workdir, model) -> list[int]:

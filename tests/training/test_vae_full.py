@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
+from training_log import rows
 
 from vidsim import files, trees
 from vidsim.stages import run as run_folder
 from vidsim.stages import trained
-from vidsim.training import throughput
 
 CONFIG = pathlib.Path(__file__).parents[1] / "tiny_full.py"
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -40,14 +40,6 @@ def state_of(workdir, stage: str, step: int) -> dict:
         part: {name: np.asarray(leaf) for name, leaf in trees.flatten(tree).items()}
         for part, tree in parts.items()
     }
-
-
-def rows(workdir, stage: str) -> list[dict]:
-    """The metrics of a training, but for how long it took."""
-    return [
-        {name: value for name, value in row.items() if name not in throughput.NAMES}
-        for row in files.read_jsonl(workdir / stage / "metrics.jsonl")
-    ]
 
 
 BOTH = {"loss", "gradient_norm", "skipped", "psnr_db", "l1", "l2", "gradient_l1", "consistency"}

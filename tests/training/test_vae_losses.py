@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,7 @@ from toy_autoencoder import (
 
 from vidsim.errors import InputError
 from vidsim.models import autoencoder
-from vidsim.training import objectives, vae_losses
+from vidsim.training import vae_losses
 
 # B batch, T frames, H height, W width, C channels
 
@@ -128,7 +130,7 @@ TERMS = {
 def test_terms_that_are_off_are_neither_traced_nor_logged():
     Counting.calls.clear()
     graph, params = parts_of(PLAIN, cls=Counting)
-    loss = objectives.bind(vae_losses.vae_loss, graph, PLAIN, None)
+    loss = functools.partial(vae_losses.vae_loss, graph, PLAIN, None)
     _, metrics = jax.eval_shape(loss, params, BATCH, keys(BATCH), 0)
     assert Counting.calls == ["posterior", "reconstruct"]
     assert set(metrics) == {"l1", "psnr_db"} and set(params) == {"vae"}
@@ -138,7 +140,7 @@ def test_terms_that_are_off_are_neither_traced_nor_logged():
 def test_every_term_that_is_on_is_logged(field):
     config = with_(**{field: 0.5})
     graph, params = parts_of(config)
-    loss = objectives.bind(vae_losses.vae_loss, graph, config, None)
+    loss = functools.partial(vae_losses.vae_loss, graph, config, None)
     _, metrics = jax.eval_shape(loss, params, NOISE, keys(NOISE), 0)
     assert set(metrics) == {"l1", "psnr_db", *TERMS[field]}
     beside = {"adversarial_weight": {"discriminator"}, "mask_rate": {"mask_latent"}}
@@ -257,7 +259,7 @@ def test_masked_latents_are_the_learned_one_and_others_are_as_they_were():
     config = with_(mask_rate=1.0, mask_ratios=(0.75,))
     graph, params = parts_of(config, cls=Watching)
     params["mask_latent"] = jnp.asarray([-1.0, -1.0, -1.0])
-    loss = objectives.bind(vae_losses.vae_loss, graph, config, None)
+    loss = functools.partial(vae_losses.vae_loss, graph, config, None)
     white = {"video_BTHWC": np.full((2, 3, 16, 16, 3), 255, np.uint8)}
     grad = jit(jax.value_and_grad(loss, has_aux=True))
     (value, metrics), gradient = grad(params, white, keys(white), 0)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ from vidsim import trees
 from vidsim.models import autoencoder, vae
 from vidsim.parallel import mesh as meshes
 from vidsim.parallel.sharding import ShardingRules
-from vidsim.training import objectives, optimizer, state, step, vae_losses
+from vidsim.training import optimizer, state, step, vae_losses
 from vidsim.worlds import physics
 
 # B batch, T frames, H height, W width, C channels
@@ -168,7 +170,7 @@ def trained(config, *, network=toy, batch=NOISE, frozen=(), constants=(), featur
     shardings = state.shardings(make, tx, OPTIMIZER.ema_names, of_params)
     now = state.create(make, tx, KEY, shardings)
     states, metrics = [jax.tree.map(np.array, now)], []
-    objective = objectives.bind(vae_losses.vae_loss, state.graph_of(make), config, features)
+    objective = functools.partial(vae_losses.vae_loss, state.graph_of(make), config, features)
     step_fn = step.make_step(
         objective,
         tx,

@@ -320,7 +320,8 @@ def tables(result: aot.Result, case: Case, mesh: jax.sharding.Mesh) -> Iterator[
         for one in result.exchanges
     ]
     head = ("", "mesh axes", "times", "GB sent", "ms", "% hidden", "largest")
-    yield Table("exchanges of a device in a step", head, rows, ())
+    notes = [f"over links of {chip.link / 1e9:.0f} GB/s in each direction"]
+    yield Table("exchanges of a device in a step", head, rows, notes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,7 @@ def vae_task(run: Run, stage: str = "vae") -> Task:
     return Task(
         name=stage,
         make_model=make_model,
-        objective=objectives.bind(
+        objective=functools.partial(
             vae_losses.vae_loss, graphdef, loss, network.features if network else None
         ),
         work=functools.partial(throughput.work_of_clips, run.vae),
@@ -182,7 +182,7 @@ def dit_task(run: Run) -> Task:
     def make_model(rngs):
         return dit.DiT(run.dit, run.text, values, rngs)
 
-    objective = objectives.bind(
+    objective = functools.partial(
         objectives.dit_loss,
         state.graph_of(make_model),
         run.dit.prediction,

@@ -36,6 +36,15 @@ QUICK = {"exec_time_optimization_effort": -1.0}
 QUICK_SPARES = 0.1
 REMEDY = "pip install 'vidsim[tpu]', on any x86-64 Linux; no TPU is needed"
 
+# The compiler would look for a TPU of this machine, wait for a service that only a cloud has, and
+# alarm with what it did not find there.
+_NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any that exists: the topology says what is compiled for
+}
+
 
 def devices_of(topology: str) -> list[jax.Device]:
     """The devices of a named slice, such as `v5p:4x4x8`, to compile for.
@@ -47,8 +56,8 @@ def devices_of(topology: str) -> list[jax.Device]:
         raise InputError(
             f"compiling for {topology} needs XLA's compiler for TPU, which is not here; {REMEDY}"
         )
-    # It would look for a TPU of this machine, and wait for a service that only a cloud has.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in _NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 

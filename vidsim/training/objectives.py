@@ -6,7 +6,6 @@ L = sum over generated tokens |x0_hat - x0|^2 / max(t, t_min)^2 / their number
 # B batch, L tokens, P patch values, M segments a row
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -109,8 +108,3 @@ def x0_error_at(graphdef, prediction: str, t: float, params, pack, key) -> tuple
     x0_hat = predict(graphdef, params, prediction, pack, x_t, times_BM3)
     mask = generated(pack)[..., None]
     return jnp.sum(jnp.square(x0_hat - x0) * mask), jnp.sum(jnp.square(x0) * mask)
-
-
-def bind(loss, *args):
-    """A loss with its structure and config fixed: an `Objective` of training/step.py."""
-    return functools.partial(loss, *args)
