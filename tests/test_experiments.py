@@ -1,8 +1,11 @@
 """Every experiment file fits together, without allocating or training anything."""
 
+import functools
 import json
 import math
+import operator
 import pathlib
+import re
 import runpy
 
 import jax
@@ -15,9 +18,9 @@ from vidsim.data import buckets, packing
 from vidsim.export import models
 from vidsim.parallel import mesh
 from vidsim.parallel.sharding import ShardingRules
-from vidsim.stages import tasks
+from vidsim.stages import compiling, tasks
 from vidsim.stages.run import Run
-from vidsim.training import state
+from vidsim.training import optimizer, state
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments"
 FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "__init__")
@@ -37,8 +40,13 @@ TRANSFORMERS = {  # millions of parameters, devices of its slice
 }
 
 
-def run_of(path: pathlib.Path, workdir: pathlib.Path) -> Run:
+def run_of(path: pathlib.Path, workdir: pathlib.Path, fields: dict[str, str] | None = None) -> Run:
+    """The run of an experiment file; `fields` are as they are written in a command."""
     config = runpy.run_path(str(path))["get_config"]()
+    for name, text in (fields or {}).items():
+        *sections, last = name.split(".")
+        section = functools.reduce(operator.getitem, sections, config)
+        section[last] = type(section[last])(text)
     return Run(json.loads(json.dumps(config.to_dict())), workdir)
 
 
@@ -110,6 +118,30 @@ def test_latents_are_measured_on_clips_as_large_as_those_of_training(name, tmp_p
     assert run.latents.max_frames == 1 + (longest - 1) * time
 
 
+def drawn_mesh(run: Run, topology: str) -> jax.sharding.AbstractMesh:
+    """The mesh of a run on a slice."""
+    _, _, sizes = topology.partition(":")
+    devices = math.prod(map(int, sizes.split("x")))
+    axes = {axis: getattr(run.mesh_config, axis) for axis in mesh.AXES}
+    fixed = math.prod(size for size in axes.values() if size > 0)
+    axes = {axis: devices // fixed if size < 0 else size for axis, size in axes.items()}
+    assert math.prod(axes.values()) == devices
+    return jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+
+
+README = (FOLDER.parent / "README.md").read_text().replace("\\\n", " ")
+
+
+@pytest.mark.parametrize("line", re.findall(r"^vidsim compile ([^#\n]+)", README, re.MULTILINE))
+def test_what_readme_compiles_divides_over_its_slice(line, tmp_path):
+    given = dict(flag.removeprefix("--").split("=") for flag in line.split() if "=" in flag)
+    fields = {n.removeprefix("config."): v for n, v in given.items() if n.startswith("config.")}
+    run = run_of(FOLDER.parent / given["config"], tmp_path, fields)
+    drawn = drawn_mesh(run, given.get("topology", run.config["topology"]))
+    asked = compiling.Asked(model=given.get("model", "dit"), clip=given.get("clip", ""))
+    assert compiling.place(compiling.case_of(run, drawn, asked), drawn, ShardingRules())
+
+
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_is_as_large_as_its_name_says_and_divides_over_its_slice(name, tmp_path):
     millions, devices = TRANSFORMERS[name]
@@ -118,23 +150,20 @@ def test_a_transformer_is_as_large_as_its_name_says_and_divides_over_its_slice(n
     count = trees.count(state.abstract_params(make_model))
     assert count / 1e6 == pytest.approx(millions, rel=0.05)
 
-    _, _, sizes = run.config["topology"].partition(":")
-    assert math.prod(map(int, sizes.split("x"))) == devices
-    axes = {axis: getattr(run.mesh_config, axis) for axis in mesh.AXES}
-    fixed = math.prod(size for size in axes.values() if size > 0)
-    axes = {axis: devices // fixed if size < 0 else size for axis, size in axes.items()}
-    assert math.prod(axes.values()) == devices
-    drawn = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes))
+    drawn = drawn_mesh(run, run.config["topology"])
+    assert drawn.size == devices
     for phase in run.phases:
         tasks.check_divides(phase.pack.rows, phase.pack.lengths, drawn)
-    # Parameters are spread evenly: no large one is whole anywhere.
-    found = state.shardings_of_params(make_model, drawn, ShardingRules())
-    shapes = trees.flatten(state.abstract_params(make_model))
-    held = sum(
-        math.prod(sharding.shard_shape(shapes[parameter].shape))
-        for parameter, sharding in trees.flatten(found).items()
-    )
-    assert held < 1.1 * count / devices + 1e6
+    # Parameters, averages and moments are spread evenly: no large one is whole anywhere.
+    of_params = state.shardings_of_params(make_model, drawn, ShardingRules())
+    optim = run.optimizers["dit"]
+    tx = optimizer.make(optim, 1, shardings=of_params)
+    found = state.shardings(make_model, tx, optim.ema_names, of_params)
+    abstract = state.abstract(make_model, tx, found)
+    leaves = jax.tree.leaves(abstract.opt_state)
+    whole = {"moments": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)}
+    for part, held in state.bytes_on_a_device(abstract).items():
+        assert held < 1.1 * whole.get(part, 4 * count) / devices + 8e6, part
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -10,6 +10,7 @@ import pytest
 
 from vidsim.attention import cpu, gpu, tiles, tpu
 from vidsim.attention.blocks import MASKED
+from vidsim.errors import InputError
 from vidsim.models import dit
 
 KERNELS = ("cpu", "gpu", "tpu")
@@ -304,15 +305,17 @@ def test_bfloat16_is_summed_and_normalised_in_float32(kernel, lengths):
 
 @every_kernel
 def test_sliding_tiles_equal_a_dense_mask_by_the_tiles_of_tokens(kernel):
-    # Tiles of 32 or 128 tokens, text that does not fill a block, and padding behind it.
-    tile = (2, 4, 16) if kernel.func is tpu.attend else (2, 4, 4)
-    config = tiles.Config(grid=(6, 8, 3 * tile[2]), tile=tile, window=(1, 2, 3))
+    # Tiles of 32 tokens, or of two blocks of 128, text that fills no block, and padding behind it.
+    large = kernel.func is tpu.attend
+    tile, count = ((2, 4, 32), (1, 2, 3)) if large else ((2, 4, 4), (3, 2, 3))
+    grid = tuple(n * size for n, size in zip(count, tile, strict=True))
+    config = tiles.Config(grid=grid, tile=tile, window=(1, 1, 2))
     text, padding = 10, 7
     patches = np.prod(config.grid)
     length = patches + text + padding
     places = np.stack(np.indices(config.grid), -1).reshape(-1, 3) // np.array(tile)
     places = places[config.order(length)[:patches]]
-    first = np.clip(places - np.array(config.window) // 2, 0, np.array([3, 2, 3]) - config.window)
+    first = np.clip(places - np.array(config.window) // 2, 0, np.array(count) - config.window)
     near = (places >= first[:, None]) & (places < first[:, None] + config.window)
     seen = np.ones((length, length), bool)
     seen[:patches, :patches] = near.all(-1)
@@ -322,6 +325,13 @@ def test_sliding_tiles_equal_a_dense_mask_by_the_tiles_of_tokens(kernel):
     expected = results(functools.partial(dense, seen_LM=seen), qkv, ids, ids)
     for found, correct in zip(ours, expected, strict=True):
         np.testing.assert_allclose(found, correct, **FLOAT32)
+
+
+def test_a_tile_that_no_block_on_a_tpu_divides_is_told_with_the_remedy():
+    config = tiles.Config(grid=(2, 8, 24), tile=(2, 4, 24), window=(1, 1, 1))
+    x, ids = jnp.zeros((1, 384, 1, 16)), jnp.ones((1, 384), jnp.int32)
+    with pytest.raises(InputError, match=r"tile=\(2, 4, 24\) has 192 .* a multiple of 128"):
+        tpu.attend(x, x, x, ids, ids, config)
 
 
 def test_scores_of_a_long_row_are_never_all_there():

@@ -139,3 +139,7 @@ def test_a_program_that_is_too_large_is_told_by_how_much(message):
         assert result.memory.peak == 120.5 * chips.GIB
         assert result.estimate is None
     assert asked == [None, aot.QUICK]
+    # Of a kernel: no mesh mends it.
+    message = "Ran out of memory in memory space vmem. Used 83.61M of 63.94M vmem."
+    with pytest.raises(Exception, match="space vmem"):
+        aot.compile_program(Lowered(), mesh)

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +151,18 @@ def test_permuting_the_segments_of_a_row_permutes_the_outputs(params):
         np.testing.assert_allclose(found, expected, **ORDER_OF_SUMS)
 
 
+def test_permuting_the_rows_of_a_batch_permutes_the_outputs(params):
+    rows = [row_of(*samples)[0] for samples in (SAMPLES, SAMPLES[:2], SAMPLES[::-1])]
+    batch = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
+    order = np.array([2, 0, 1])
+    before, after = (
+        np.asarray(forward(params, one))
+        for one in (batch, jax.tree.map(lambda array: array[order], batch))
+    )
+    assert np.abs(before[0] - before[2]).max() > 1e-2
+    np.testing.assert_allclose(after, before[order], **ORDER_OF_SUMS)
+
+
 def gradient_of(config):
     """jitted `(params, row, mask_BL) -> gradients by params and by patches`.
 
@@ -207,6 +220,28 @@ def test_rematerialised_equals_stored_and_unrolled_equals_scanned(
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * scale), stored, again
     )
+
+
+def test_what_is_offloaded_waits_in_the_memory_of_the_host(params):
+    row, _ = row_of(*SAMPLES)
+    waiting = {}
+    for remat in ("full", "offload"):
+        run = model(dataclasses.replace(CONFIG, remat=remat))
+        program = jax.make_jaxpr(jax.grad(lambda params, run=run: run(params, row).sum()))(params)
+        waiting[remat] = set(re.findall(r"f32<host>\[([\d,]+)\]", str(program)))
+    assert waiting["full"] == set()
+    # The input of a layer, what attention gave and its log sum exp.
+    assert waiting["offload"] >= {"1,16,32", "1,16,2,16", "1,2,16"}
+
+
+def test_parameters_for_sampling_compute_the_same_to_the_bit(params):
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    row, _ = row_of(*SAMPLES)
+    held = dit.computed_with(config, params)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(held["blocks"])}
+    assert kinds == {"bfloat16"} and trees.count(held) == trees.count(params)
+    run = jax.jit(model(config), compiler_options=QUICK)
+    np.testing.assert_array_equal(run(held, row), run(params, row))
 
 
 def test_quantised_products_in_scanned_layers_made_again_are_near_the_plain_ones(

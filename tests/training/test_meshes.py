@@ -74,7 +74,7 @@ CODE = """
 
     def difference(one, other):
         pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-        return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in pairs)
+        return float(np.max([np.abs(a - b).max() / np.abs(b).max() for a, b in pairs]))
 
     alone = train(meshes.make(meshes.Config(), jax.devices()[:1]), optim)
     found = {}

@@ -18,6 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from vidsim.attention import tiles as sliding
 from vidsim.attention.blocks import MASKED, meeting, pad_ids
+from vidsim.errors import InputError
 from vidsim.layers.linear import inner
 
 BLOCK = 512  # most tokens of a block; larger ones run faster, smaller ones leave out more
@@ -140,7 +141,7 @@ def _cut(q_ids_BL, k_ids_BM, tiles: sliding.Config | None):
     if tiles is None:
         q_block, k_block = _block(q_ids_BL.shape[1]), _block(k_ids_BM.shape[1])
     else:
-        q_block = k_block = tiles.tile_tokens
+        q_block = k_block = _part_of(tiles)
     q_ids, k_ids = pad_ids(q_ids_BL, k_ids_BM, q_block, k_block)
     meet_Bij = meeting(q_ids, k_ids, q_block, k_block)
     if tiles is not None:
@@ -153,6 +154,21 @@ def _block(length: int) -> int:
     lanes = -(-length // LANES)
     count = -(-lanes * LANES // BLOCK)
     return -(-lanes // count) * LANES
+
+
+def _part_of(tiles: sliding.Config) -> int:
+    """The largest block that divides a tile.
+
+    Raises:
+        InputError: there is none.
+    """
+    sizes = [size for size in range(LANES, BLOCK + 1, LANES) if tiles.tile_tokens % size == 0]
+    if not sizes:
+        raise InputError(
+            f"tile={tiles.tile} has {tiles.tile_tokens} tokens, and a block on a TPU a multiple of "
+            f"{LANES}; choose a tile of a multiple of {LANES}"
+        )
+    return sizes[-1]
 
 
 def _heads(x_BLNK, ids):

@@ -32,7 +32,7 @@ def define_flags() -> None:
         "time. No exchange is hidden then, and what fits leaves a tenth of the memory.",
     )
     flags.DEFINE_bool(
-        "search", False, "Try microbatches and meshes with the least remat that fits each."
+        "search", False, "Try microbatches and meshes, each with the remats that fit; hours."
     )
 
 

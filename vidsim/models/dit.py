@@ -22,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from vidsim import config as configs
+from vidsim import trees
 from vidsim.attention import segments
 from vidsim.attention import tiles as sliding
 from vidsim.diffusion import flow
@@ -152,6 +153,17 @@ def adam_factor(config: Config, text: encoder.Config, name: str) -> float:
     if name.startswith("text_in/"):
         return 1.0 / text.widening
     return 1.0 / config.widening if name.startswith(_SUMMED_OVER_WIDTH) else 1.0
+
+
+def computed_with(config: Config, params):
+    """Parameters with those of the blocks in `config.dtype`, as layers compute with them.
+
+    What the network gives is the same to the bit; in bfloat16 they take half the memory.
+    """
+    dtype = jnp.dtype(config.dtype)
+    return trees.map_named(
+        lambda name, leaf: leaf.astype(dtype) if name.startswith("blocks/") else leaf, params
+    )
 
 
 def input_init(widening: float, of_inputs: float = 1.0):

@@ -26,9 +26,11 @@ from vidsim.stages.planning import Table
 from vidsim.stages.run import Run
 from vidsim.training import aot, flops, state, step
 
-# From what computes the least again to what takes the least memory. Copies to the host are not in
-# the estimate, so what makes them is the last.
-REMATS = ("none", "matmuls", "attention", "full", "offload")
+# What was kept is read again, so which of these is the fastest the compiler has to tell.
+KEEPING = ("none", "matmuls", "attention")
+# Where none of them fits, the first of these that does: they compute more again, or copy to the
+# host, which is not in the estimate.
+SPARING = ("full", "offload")
 ACCUMULATE = (1, 2, 4, 8)
 
 
@@ -346,13 +348,10 @@ class Refusal:
 
 
 def search(run_with, asked: Asked, devices) -> Iterator[Choice | Refusal]:
-    """Yields of each mesh and microbatch that rows, tokens and heads divide over what fits, if any.
+    """Yields of each mesh and microbatch that rows, tokens and heads divide over the fastest remat.
 
     Args:
       run_with: the experiment as a `Run` with fields of another value, by their dotted names.
-
-    Of the remats the first that fits is taken: those after it compute more again, or copy to the
-    host.
 
     Raises:
       InputError: another model than the transformer, no mesh that its rows divide over, or
@@ -379,26 +378,33 @@ def search(run_with, asked: Asked, devices) -> Iterator[Choice | Refusal]:
     for mesh in shapes:
         for accumulate in ACCUMULATE:
             if rows % (mesh["fsdp"] * accumulate) == 0:
-                yield _first_that_fits(run_with, asked, devices, mesh, accumulate)
+                yield _best(run_with, asked, devices, mesh, accumulate)
 
 
-def _first_that_fits(run_with, asked: Asked, devices, mesh, accumulate) -> Choice | Refusal:
+def _best(run_with, asked: Asked, devices, mesh, accumulate) -> Choice | Refusal:
+    """The fastest of what keeps something, else the first of what spares memory."""
     fields = {f"mesh.{axis}": size for axis, size in mesh.items()}
     fields["dit.optimizer.accumulate"] = accumulate
-    for remat in REMATS:
+
+    def choice(remat: str) -> Choice | None:
         run = run_with(fields | {"dit.model.remat": remat})
-        try:
-            made = meshes.make(run.mesh_config, devices)
-            case = case_of(run, made, asked)
-            lowered = lowered_step(run, case, made)
-        except InputError as error:  # which no other remat mends
-            return Refusal(mesh, accumulate, str(error))
-        result = aot.compile_program(lowered, made)
-        if result.fits:
-            seconds = result.estimate.scheduled
-            peak = result.memory.peak / chips.GIB
-            return Choice(mesh, accumulate, remat, seconds, mfu(case, seconds, made), peak)
-    return Refusal(mesh, accumulate, f"does not fit with any remat of {', '.join(REMATS)}")
+        made = meshes.make(run.mesh_config, devices)
+        case = case_of(run, made, asked)
+        result = aot.compile_program(lowered_step(run, case, made), made)
+        if not result.fits:
+            return None
+        seconds, peak = result.estimate.scheduled, result.memory.peak / chips.GIB
+        return Choice(mesh, accumulate, remat, seconds, mfu(case, seconds, made), peak)
+
+    try:
+        kept = [found for remat in KEEPING if (found := choice(remat))]
+        if kept:
+            return min(kept, key=lambda found: found.seconds)
+        spared = (found for remat in SPARING if (found := choice(remat)))
+        none = f"does not fit with any remat of {', '.join((*KEEPING, *SPARING))}"
+        return next(spared, Refusal(mesh, accumulate, none))
+    except InputError as error:  # which no other remat mends
+        return Refusal(mesh, accumulate, str(error))
 
 
 def found(run_with, asked: Asked, devices, say: Callable[[object], None]) -> dict:

@@ -12,6 +12,7 @@ from vidsim.data import video
 from vidsim.data.shapes import nearest_size
 from vidsim.data.windows import commonest
 from vidsim.evaluation import evaluator, figures, physics, reconstruction, report
+from vidsim.models import dit
 from vidsim.parallel import multihost
 from vidsim.sampling import generate, modes
 from vidsim.stages.run import Run
@@ -78,7 +79,7 @@ def sample_step(run: Run, models: generate.Models, train_state, step_number: int
 
     `models` are those of `load_vae`.
     """
-    params = multihost.fetch(average(run, "dit", train_state))
+    params = multihost.fetch(dit.computed_with(run.dit, average(run, "dit", train_state)))
     if multihost.is_main():
         held = {"vae_params": jax.device_put(models.vae_params), "dit_params": params}
         models = dataclasses.replace(models, tokenizer=run.words(), **held)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
+from vidsim import compiling
 from vidsim.data import (
     buckets,
     index,
@@ -25,7 +26,7 @@ from vidsim.errors import InputError
 from vidsim.evaluation import evaluator
 from vidsim.export import models as exported
 from vidsim.models import dit, vae
-from vidsim.parallel import multihost
+from vidsim.parallel import multihost, sharding
 from vidsim.parallel.sharding import ShardingRules, mesh_axes
 from vidsim.stages import curriculum
 from vidsim.stages.run import Run
@@ -204,6 +205,25 @@ def dit_task(run: Run) -> Task:
     )
 
 
+def x0_error(run: Run, mesh: jax.sharding.Mesh | None = None) -> Callable:
+    """`objectives.x0_error_at(t, params, pack, key)`, on the mesh that trains."""
+    mesh, graphdef = mesh or run.mesh, state.graph_of(dit_task(run).make_model)
+
+    def error_at(*args):
+        with sharding.using(mesh, ShardingRules()):
+            return objectives.x0_error_at(graphdef, run.dit.prediction, *args)
+
+    return jax.jit(error_at, compiler_options=compiling.step_options(mesh))
+
+
+def _dit_validation(run: Run, error_at, packs: list[dict], train_state, step_number):
+    """An evaluator; of the packs each process holds its rows."""
+    spec = functools.partial(step.batch_spec, ShardingRules())
+    on_mesh = (multihost.global_batch(run.mesh, spec(pack), pack) for pack in packs)
+    params = average(run, "dit", train_state)
+    yield from evaluator.x0_errors(error_at, params, list(on_mesh), run.evaluation.times)
+
+
 def check_divides(rows: int, lengths: Sequence[int], mesh: jax.sharding.Mesh) -> None:
     """Raises InputError where packs of `rows` do not divide over the mesh."""
     rules = ShardingRules()
@@ -275,19 +295,11 @@ def dit_training(run: Run) -> Training:
         if all(row["split"] != "validation" for row in caches[last.cache].index):
             return samples
         held_out = plan(last, "validation", sources.Mix())
-        one_host = load(last, run.conditions, 0.0, (slice(0, 1), 1))
-        data = pipeline.packs(one_host, held_out, run.pipeline, start=0)
-        packs = [next(data) for _ in range(run.evaluation.batches)]
-        graphdef = state.graph_of(task.make_model)
-        error_at = jax.jit(functools.partial(objectives.x0_error_at, graphdef, run.dit.prediction))
-
-        def validate(train_state, step_number):
-            params = multihost.fetch(average(run, "dit", train_state))
-            if multihost.is_main():
-                yield from evaluator.x0_errors(error_at, params, packs, run.evaluation.times)
-
+        own = load(last, run.conditions, 0.0, own_rows)
+        with contextlib.closing(pipeline.packs(own, held_out, run.pipeline, start=0)) as data:
+            packs = list(itertools.islice(data, run.evaluation.batches))
         # Last: rows of val say that a step is evaluated, and its samples would not be made again.
-        return {**samples, "val": validate}
+        return {**samples, "val": functools.partial(_dit_validation, run, x0_error(run), packs)}
 
     return Training(
         **vars(task),

@@ -178,9 +178,9 @@ def _out_of_memory(error: Exception, chip: chips.Chip) -> Memory | None:
     """What the compiler says that the program needs.
 
     Raises:
-      JaxRuntimeError: it ended for another reason.
+      JaxRuntimeError: it ended for another reason, such as a kernel's own memory.
     """
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if "RESOURCE_EXHAUSTED" not in str(error) or "hbm" not in str(error).lower():
         raise error
     found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", str(error))
     if not found:

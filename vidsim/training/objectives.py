@@ -104,7 +104,8 @@ def x0_error_at(graphdef, prediction: str, t: float, params, pack, key) -> tuple
     index = jnp.where(pack["given_BL"] | pack["is_text_BL"], 0, 1)
     pack = {**pack, "time_index_BL": index}
     t_BL1 = token_times(times_BM3, tokens_of(pack))
-    x_t = flow.add_noise(x0, jax.random.normal(key, x0.shape), t_BL1)
+    noise = constrain(jax.random.normal(key, x0.shape), ("batch", "length", None))
+    x_t = flow.add_noise(x0, noise, t_BL1)
     x0_hat = predict(graphdef, params, prediction, pack, x_t, times_BM3)
     mask = generated(pack)[..., None]
     return jnp.sum(jnp.square(x0_hat - x0) * mask), jnp.sum(jnp.square(x0) * mask)
