@@ -6,7 +6,8 @@
 in the row. Two clips of 81 x 720 x 1280 are 2 x 75,600 tokens at Wan's stride of 4 x 16 x 16 pixels
 a token. MaxDiffusion's step at these peaks at 40.85 GiB a device, with weights and moments in
 bfloat16 and no averages of the parameters. Here weights and moments are float32, without averages,
-either, and the step peaks at 39.6 GiB. What is not named here is as in `dit_7b.py`.
+either, and the step peaks at 39.6 GiB. The row is for this comparison: to be trained on such clips
+whole it would have to hold a prompt as well. What is not named here is as in `dit_7b.py`.
 """
 
 import pathlib

@@ -9,6 +9,7 @@ import pytest
 CODE = """
     import json
     import jax, jax.numpy as jnp, numpy as np
+    from flax import nnx
     from vidsim.attention import cpu, segments, tiles
     from vidsim.errors import InputError
     from vidsim.parallel import mesh as meshes, sharding
@@ -19,7 +20,11 @@ CODE = """
     q, k, v, weight = rng.normal(size=(4, B, L, N, K)).astype(np.float32)
     # Segments begin and end inside of devices' parts; one is spread over all; padding at the end.
     ids = np.array([[1] * 5 + [2] * 13 + [3] * 9 + [0] * 5, [1] * 30 + [2] * 2])
-    attend = lambda q, k, v: segments.attend(q, k, v, ids)
+    axes = ("batch", "length", "heads", None)
+
+    def attend(q, k, v, tiles=None):
+        call = lambda _, *inputs: segments.attend(*inputs, tiles)
+        return sharding.spread(call, nnx.Module(), [q, k, v, ids], [axes] * 3 + [axes[:2]], axes)
 
     @jax.jit
     def both(q, k, v):
@@ -46,7 +51,7 @@ CODE = """
             found["error"] = str(error)
 
     near = tiles.Config(grid=(3, 2, 4), tile=(1, 2, 4), window=(2, 1, 1))
-    slide = jax.jit(lambda q, k, v: segments.attend(q, k, v, ids, near))
+    slide = jax.jit(lambda q, k, v: attend(q, k, v, near))
     alone = slide(q, k, v)
     found["of all tiles"] = float(np.abs(alone - attend(q, k, v)).max())
     with sharding.using(meshes.make(meshes.Config(sequence=4)), sharding.ShardingRules()):

@@ -10,6 +10,8 @@ from flax import nnx
 from vidsim import trees
 from vidsim.errors import InputError
 from vidsim.models import dit
+from vidsim.parallel import mesh as meshes
+from vidsim.parallel import sharding
 from vidsim.text import encoder
 from vidsim.training import state
 
@@ -238,8 +240,8 @@ def test_parameters_for_sampling_compute_the_same_to_the_bit(params):
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     row, _ = row_of(*SAMPLES)
     held = dit.computed_with(config, params)
-    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(held["blocks"])}
-    assert kinds == {"bfloat16"} and trees.count(held) == trees.count(params)
+    assert held["blocks"]["mlp"]["up"]["kernel"].dtype == jnp.bfloat16
+    assert trees.count(held) == trees.count(params)
     run = jax.jit(model(config), compiler_options=QUICK)
     np.testing.assert_array_equal(run(held, row), run(params, row))
 
@@ -376,6 +378,17 @@ def test_outputs_and_weights_are_float32_where_activations_are_bfloat16():
     assert jax.eval_shape(model(config), abstract, row_of(*SAMPLES)[0]).dtype == jnp.float32
 
 
+@pytest.mark.parametrize("text_depth", [0, 1])
+def test_heads_that_a_mesh_does_not_divide_are_told(params, text_depth):
+    text = dataclasses.replace(TEXT, depth=text_depth)
+    held = state.abstract_params(lambda rngs: make_model(rngs, text=text))
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 1, 4), meshes.AXES)
+    row, _ = row_of(*SAMPLES)
+    with sharding.using(mesh, sharding.ShardingRules()), pytest.raises(InputError) as told:
+        jax.eval_shape(model(text=text), held, row)
+    assert "'heads' of size 2 does not divide over mesh tensor = 4; use 4" in str(told.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -383,6 +396,7 @@ def test_outputs_and_weights_are_float32_where_activations_are_bfloat16():
         ({"width": 30, "heads": 10}, "width=30 over heads=10 is not an even head dimension"),
         ({"remat": "some"}, "remat='some' is none of .*full.*matmuls.*none"),
         ({"base_width": -1}, "base_width=-1 is negative"),
+        ({"dtype": "bf16"}, "dtype=.bf16. is none of float32, bfloat16"),
         ({"remat": {"save": ("q",)}}, "remat: 'q' is none of the tensors layer_input, qkv"),
         ({"remat": {"save": ("qkv",), "offload": ("qkv",)}}, "name a tensor twice"),
         ({"remat": {"keep": ("qkv",)}}, r"unknown config key remat.keep"),

@@ -108,6 +108,21 @@ def test_a_stage_that_was_skipped_is_asked_again_with_other_values(claimed, tmp_
     assert left == [name for name in walk.STAGES if name not in ("finish", *claims.SHOWING)]
 
 
+def test_a_training_may_be_longer_or_shorter_until_its_learning_rate_decays(claimed, tmp_path):
+    """Of six steps the last two decay."""
+    (tmp_path / "dit" / "checkpoints" / "4").mkdir(parents=True)
+    before_dit = list(walk.STAGES)[: list(walk.STAGES).index("dit")]
+    assert claimed(**{"dit.loop.steps": 20}) == before_dit
+    assert claimed(**{"dit.loop.steps": 6}) == before_dit
+    for steps, newest in ((5, 4), (20, 6)):  # its decay would have begun; has begun
+        (tmp_path / "dit" / "checkpoints" / str(newest)).mkdir(exist_ok=True)
+        with pytest.raises(InputError, match=r"steps: 6 -> .*; until a training's learning rate"):
+            claimed(**{"dit.loop.steps": steps})
+    # Latents and what learned from them are there already.
+    with pytest.raises(InputError, match=r"which the output of finish, encode, dit depends on"):
+        claimed(**{"vae.loop.steps": 20})
+
+
 def test_the_output_to_delete_for_another_value_is_named(claimed, tmp_path):
     with pytest.raises(InputError) as refused:
         claimed(**{"dit.text.vocabulary": 99, "report.seed": 5})

@@ -84,7 +84,7 @@ def test_a_search_takes_of_each_mesh_and_microbatch_the_fastest_remat_that_fits(
     monkeypatch.setattr(compiling.tasks, "dit_task", lambda run: None)
     asked = compiling.Asked(rows=4, length=64)
     told = []
-    found = compiling.found(run_with, asked, slice_of(4), told.append)
+    found = compiling.search(run_with, asked, slice_of(4), told.append)
     assert {batch for batch, *_ in tried} == {(4, 64)}
     # replica, ring, fsdp, sequence, tensor: 2 heads divide over sequence x tensor.
     meshes = {mesh for _, mesh, _ in tried}
@@ -94,7 +94,11 @@ def test_a_search_takes_of_each_mesh_and_microbatch_the_fastest_remat_that_fits(
         (1, 2, 1, 1, 2),
     }
     choices = [found["best"], *found["others"]]
-    assert len(told) == len(choices) + len(found["refused"])
+    count = len(choices) + len(found["refused"])
+    assert told[0].startswith(f"{count} meshes") and told[-2].startswith(f"{count} of {count}: ")
+    fastest = found["best"]
+    axes = [f"{axis}={size}" for axis, size in fastest["mesh"].items() if size > 1]
+    assert told[-1].startswith(f"the fastest: {', '.join(axes)}, accumulate=")
     by_parts = {1: "attention", 2: "matmuls", 4: "matmuls"}
     assert {(one["accumulate"], one["remat"]) for one in choices} == set(by_parts.items())
     assert found["best"]["seconds"] == min(one["seconds"] for one in choices)
@@ -113,10 +117,12 @@ def test_what_fits_with_no_remat_is_told_and_offload_is_the_last_that_is_tried(
         return result(100)
 
     compiled_as(monkeypatch, lowered)
-    found = list(compiling.search(run_with, compiling.Asked(rows=1), slice_of(1)))
+    told = []
+    found = compiling.search(run_with, compiling.Asked(rows=1), slice_of(1), told.append)
     assert tried[-1] == "offload" and set(tried) == set(compiling.dit.REMAT_POLICIES)
-    assert [type(one) for one in found] == [compiling.Refusal]
-    assert "does not fit with any remat of none, matmuls" in found[0].why
+    assert not found["fits"] and told[-1] == "nothing fits"
+    (refused,) = found["refused"]
+    assert "does not fit with any remat of none, matmuls" in refused["why"]
 
 
 def test_a_search_that_cannot_be_is_refused_before_anything_is_compiled(slice_of, monkeypatch):
@@ -127,7 +133,7 @@ def test_a_search_that_cannot_be_is_refused_before_anything_is_compiled(slice_of
         (compiling.Asked(rows=3, length=125), "3 rows of 125 tokens divide over no mesh of 4"),
     ):
         with pytest.raises(InputError, match=message):
-            list(compiling.search(run_with, asked, slice_of(4)))
+            compiling.search(run_with, asked, slice_of(4), print)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,7 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch
 def test_rows_that_do_not_divide_are_told_by_how_many_parts():
     mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), meshes.AXES)
     case = compiling.rows_case(run_with({}), rows=3, length=64)
-    with pytest.raises(InputError, match=r"over the mesh fsdp=2: .* is to split 2 x 1.* ways"):
+    with pytest.raises(InputError, match=r"over the mesh fsdp=2, which splits batch 2 ways, "):
         compiling.place(case, mesh, ShardingRules())
 
 

@@ -55,8 +55,10 @@ def test_stopped_and_killed_run_equals_uninterrupted_run(
     train = ("train", f"--config={config}", f"--workdir={workdir}", f"--model={model}")
     code = textwrap.dedent(SIGNALLED)
 
-    # SIGTERM after step 2 is heard before step 3: saved there, although no checkpoint was due.
-    stopped = new_process("-c", code, SIGTERM, 2, *train)
+    # SIGTERM after step 2 is heard before step 3: saved there, although no checkpoint was due. Of
+    # more steps than it will be given in the end, which are the same until the last two.
+    longer = f"--config.{model}.loop.steps=8"
+    stopped = new_process("-c", code, SIGTERM, 2, *train, longer)
     assert stopped.code == 75, stopped.stderr
     last = stopped.stderr.splitlines()[-1]
     assert last == f"error: {model} stopped by SIGTERM after saving step 3; start it again"

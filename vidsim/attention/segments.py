@@ -20,8 +20,6 @@ from vidsim.parallel import sharding
 # `jax.lax.platform_dependent`) would keep for the backward pass what each of the kernels keeps.
 KERNELS = {"cpu": cpu.attend, "gpu": gpu.attend, "tpu": tpu.attend}
 
-AXES = ("batch", "length", "heads", None)
-
 
 def attend(
     q_BLNK: jax.Array,
@@ -33,25 +31,21 @@ def attend(
     """softmax(q k^T / sqrt(K)) v within each segment; softmax in float32. [B, L, N, K]
 
     With `tiles` rows are videos whose tokens stand tile by tile, and see those of near tiles alone.
-    On a mesh in use each device computes its rows and heads, and rows are split as
+    In a program of `sharding.spread` they are those of one device, and rows are split as
     `attention/sequence.py` says.
 
     Raises:
-        InputError: the mesh does not divide rows, tokens or heads; it splits the keys of tiles.
+        InputError: the mesh does not divide heads, or splits the keys of tiles.
     """
     placement = sharding.current()
     kernel = functools.partial(KERNELS[sharding.platform()], tiles=tiles)
     if placement is None:
         return kernel(q_BLNK, k_BLNK, v_BLNK, segment_ids_BL, segment_ids_BL)[0]
-    mesh, rules, local = placement
     if tiles is not None and "ring" in placement.split("length"):
         raise InputError(
             "dit.model.tiles needs all keys of a row on one device, and mesh.ring = "
-            f"{mesh.shape['ring']} splits them; use mesh.ring = 1, and mesh.sequence instead"
+            f"{placement.mesh.shape['ring']} splits them; use mesh.ring = 1, and mesh.sequence "
+            "instead"
         )
-    program = functools.partial(sequence.attend, kernel, placement.split("length"))
-    if not local:
-        spec = rules.sharding(mesh, AXES, q_BLNK.shape).spec
-        specs = (spec, spec, spec, rules.spec(AXES[:2]))
-        program = jax.shard_map(program, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-    return program(q_BLNK, k_BLNK, v_BLNK, segment_ids_BL)
+    split = placement.split("length")
+    return sequence.attend(kernel, split, q_BLNK, k_BLNK, v_BLNK, segment_ids_BL)

@@ -64,7 +64,7 @@ def main() -> dict:
         "quick": asked.quick,
     }
     if FLAGS.search:
-        return about | compiling.found(run_with, asked, devices, say)
+        return about | compiling.search(run_with, asked, devices, say)
     return about | compiling.told_of(run, asked, devices, say)
 
 

@@ -18,7 +18,7 @@ def define() -> None:
     )
 
 
-def check(path: str) -> None:
+def read(path: str) -> ConfigDict:
     """Loads an experiment file as the flag will, so that what is wrong with it is told as such.
 
     Raises:
@@ -52,6 +52,17 @@ def check(path: str) -> None:
             f"{path} has no function get_config() that returns a ConfigDict; write it as "
             "experiments/quickstart.py does"
         )
+    return config
+
+
+def fields_beside(config: ConfigDict, name: str) -> str:
+    """What an experiment has where it lacks the field `name`, such as `a.b.c`, for a message."""
+    where = "config"
+    for part in name.split("."):
+        if part not in config or not isinstance(config[part], ConfigDict):
+            break
+        config, where = config[part], f"{where}.{part}"
+    return f"{where} has {', '.join(sorted(config))}; others are set in its file"
 
 
 def _own_line(error: Exception, path: str) -> str:

@@ -66,23 +66,24 @@ def parse(verb: str, arguments: list[str]):
     module = importlib.import_module(f"vidsim.cli.{verb}")
     module.define_flags()
     for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_flag = argument.startswith("-")
+        is_flag = argument.startswith("-") and before not in ("--config", "-config")
         name, equals, value = argument.partition("=") if is_flag else (before, "=", argument)
         if "=" in name or not name.startswith("-"):
             raise unexpected(argument)  # which may be why a flag is missing: said before that
         if name in ("--config", "-config") and equals:
-            config_file.check(value)
+            config = config_file.read(value)
     try:
         rest = flags.FLAGS([f"vidsim {verb}", *arguments])
     except (AttributeError, KeyError) as error:
         # It names the field alone: say which argument has it.
         words = set(re.findall(r"\w+", str(error)))
         fields = [a for a in arguments if words & set(a.partition("=")[0].split(".")[1:])]
+        given = fields[0] if fields else "--config"
         meant = re.search(r'Did you mean "(\w+)"', str(error))
-        raise InputError(
-            f"{fields[0] if fields else '--config'} names no field of the experiment; "
-            + (f"did you mean {meant[1]!r}?" if meant else "its file has them all")
-        ) from error
+        name = given.partition("=")[0].removeprefix("--config.")
+        beside = config_file.fields_beside(config, name)
+        remedy = f"did you mean {meant[1]!r}?" if meant else beside
+        raise InputError(f"{given} names no field of the experiment; {remedy}") from error
     except (flags.Error, TypeError, ValueError) as error:
         raise InputError(wrong_flag(verb, " ".join(str(error).split()))) from error
     if len(rest) > 1:

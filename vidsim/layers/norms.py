@@ -33,6 +33,11 @@ def _rms_gradient(x, g):
 rms_normalise.defvjp(lambda x: (rms_normalise(x), x), _rms_gradient)
 
 
+def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x * scale in x's dtype; multiplied in float32, so that the gradient of `scale` is summed so."""
+    return (x.astype(jnp.float32) * scale).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """RMS normalisation of the last axis with a learned scale: per position, so it is causal."""
 
@@ -40,4 +45,4 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_normalise(x) * self.scale[...].astype(x.dtype)
+        return scaled(rms_normalise(x), self.scale[...])

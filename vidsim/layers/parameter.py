@@ -4,7 +4,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from vidsim.errors import InputError
 from vidsim.parallel import sharding
+
+DTYPES = ("float32", "bfloat16")  # of what a layer computes
+
+
+def check_dtype(dtype: str, name: str = "dtype") -> None:
+    """Raises InputError where the `dtype` that a field names is not one to compute in."""
+    if dtype not in DTYPES:
+        raise InputError(f"{name}={dtype!r} is none of {', '.join(DTYPES)}")
 
 
 def parameter(init, shape: tuple[int, ...], *, axes: tuple[str | None, ...], rngs) -> nnx.Param:
@@ -17,5 +26,8 @@ def parameter(init, shape: tuple[int, ...], *, axes: tuple[str | None, ...], rng
 
 
 def weight(param: nnx.Param, dtype, *, whole: bool = False) -> jax.Array:
-    """What a layer computes with: the parameter in `dtype`, and as `sharding.gathered` says."""
+    """What a layer computes with: the parameter in `dtype`, and as `sharding.gathered` says.
+
+    It is cast first: it travels in `dtype`, and so do its gradients, which devices sum in it.
+    """
     return sharding.gathered(param[...].astype(dtype), sharding.axes_of(param), whole=whole)

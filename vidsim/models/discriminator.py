@@ -20,7 +20,7 @@ from flax import nnx
 
 from vidsim.errors import InputError
 from vidsim.layers.conv3d import DIMENSIONS
-from vidsim.layers.parameter import parameter
+from vidsim.layers.parameter import check_dtype, parameter
 
 TAPS = 3  # frames that a convolution of clips sees
 SPACE = 4  # its pixels along a side
@@ -35,6 +35,7 @@ class Config:
     dtype: str  # of activations; singular values are float32
 
     def __post_init__(self):
+        check_dtype(self.dtype)
         if not self.channels or min(self.channels) < 1:
             raise InputError(f"channels={self.channels}; give the width of at least one level")
 

@@ -30,8 +30,8 @@ from vidsim.errors import InputError
 from vidsim.layers import quantised
 from vidsim.layers.kept import kept
 from vidsim.layers.linear import Linear, SwiGLU, xavier
-from vidsim.layers.norms import rms_normalise
-from vidsim.layers.parameter import parameter
+from vidsim.layers.norms import rms_normalise, scaled
+from vidsim.layers.parameter import check_dtype, parameter
 from vidsim.layers.rotary import angles, rotate
 from vidsim.layers.time_embedding import TimeEmbedding
 from vidsim.parallel import sharding
@@ -117,6 +117,7 @@ class Config:
         if isinstance(self.tiles, Mapping):
             built = configs.build(sliding.Config, self.tiles, where="dit.model.tiles")
             object.__setattr__(self, "tiles", built)
+        check_dtype(self.dtype)
         quantised.check(self.operands)
         if self.base_width < 0:
             raise InputError(f"base_width={self.base_width} is negative; use a width, or 0")
@@ -156,14 +157,16 @@ def adam_factor(config: Config, text: encoder.Config, name: str) -> float:
 
 
 def computed_with(config: Config, params):
-    """Parameters with those of the blocks in `config.dtype`, as layers compute with them.
+    """Parameters with the kernels of the blocks in `config.dtype`, as products take them.
 
     What the network gives is the same to the bit; in bfloat16 they take half the memory.
     """
-    dtype = jnp.dtype(config.dtype)
-    return trees.map_named(
-        lambda name, leaf: leaf.astype(dtype) if name.startswith("blocks/") else leaf, params
-    )
+
+    def one(name, leaf):
+        of_blocks = name.startswith("blocks/") and name.endswith("kernel")
+        return leaf.astype(config.dtype) if of_blocks else leaf
+
+    return trees.map_named(one, params)
 
 
 def input_init(widening: float, of_inputs: float = 1.0):
@@ -210,6 +213,7 @@ class Block(nnx.Module):
     def __call__(self, x_BLD, modulation_BS6D, chosen_BLS, tokens: Tokens, tiles=None):
         """`chosen_BLS` is 1 where a token's segment and time are those of a row of modulation."""
         B, L, D = x_BLD.shape
+        heads, head_dim = sharding.own(self.heads, "heads"), D // self.heads
         modulation_BS6D = modulation_BS6D + self.modulation[...].astype(x_BLD.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
             chosen_BLS @ modulation_BS6D[:, :, i] for i in range(MODULATIONS)
@@ -217,12 +221,12 @@ class Block(nnx.Module):
         x_BLD = kept(x_BLD, "layer_input")
         h = rms_normalise(x_BLD) * (1 + scale_a) + shift_a
         q, k, v = (
-            kept(f(h), "qkv").reshape(B, L, -1, D // self.heads)
+            kept(f(h), "qkv").reshape(B, L, heads, head_dim)
             for f in (self.query, self.key, self.value)
         )
-        rotation = angles(tokens.positions_BL3, D // self.heads)
-        q = rotate(rms_normalise(q) * self.query_scale[...].astype(q.dtype), rotation)
-        k = rotate(rms_normalise(k) * self.key_scale[...].astype(k.dtype), rotation)
+        rotation = angles(tokens.positions_BL3, head_dim)
+        q = rotate(scaled(rms_normalise(q), self.query_scale[...]), rotation)
+        k = rotate(scaled(rms_normalise(k), self.key_scale[...]), rotation)
         attended = segments.attend(q, k, v, tokens.segment_ids_BL, tiles)
         attended = kept(self.out(attended.reshape(B, L, -1)), "attention_out")
         x_BLD = x_BLD + gate_a * attended

@@ -25,6 +25,7 @@ from vidsim.errors import InputError
 from vidsim.layers.conv3d import CausalConv3d
 from vidsim.layers.feature_cache import FeatureCache, inside
 from vidsim.layers.norms import RMSNorm
+from vidsim.layers.parameter import check_dtype
 from vidsim.models.autoencoder import Autoencoder, Grid
 
 
@@ -44,6 +45,7 @@ class Config(Grid):
     dtype: str  # of activations; statistics and losses are float32
 
     def __post_init__(self):
+        check_dtype(self.dtype)
         levels = len(self.channels)
         for name in (
             "encoder_blocks",

@@ -232,6 +232,18 @@ def summed(x: jax.Array, logical: str | None) -> jax.Array:
     return jax.lax.psum(x, names) if names and not data & {*names} else x
 
 
+def own(count: int, logical: str) -> int:
+    """How many of `count` things along an axis, such as heads, this device of a program has.
+
+    Raises:
+        InputError: the mesh does not divide them.
+    """
+    placement = current()
+    if placement is None or not placement.local:
+        return count
+    return placement.rules.sharding(placement.mesh, (logical,), (count,)).shard_shape((count,))[0]
+
+
 # The names of a batch's arrays end with a letter an axis; these are split.
 LETTERS = {"B": "batch", "L": "length", "H": "height"}
 
@@ -246,9 +258,7 @@ def batch_axes(name: str, leaf) -> Axes:
 
 def axes_of(variable: nnx.Variable) -> tuple[str | None, ...]:
     """The logical axes that a variable was made with; () if it has none."""
-    # `sharding_names` is what releases before 0.12 called it.
-    metadata = variable.get_metadata()
-    return tuple(metadata.get("out_sharding") or metadata.get("sharding_names") or ())
+    return tuple(variable.get_metadata().get("out_sharding") or ())
 
 
 def param_shardings(mesh: jax.sharding.Mesh, rules: ShardingRules, abstract_state):

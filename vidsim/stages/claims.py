@@ -11,6 +11,7 @@ from vidsim import config as configs
 from vidsim import files
 from vidsim.errors import InputError
 from vidsim.stages.run import Run
+from vidsim.training import checkpoint
 
 SHOWING = ("sample", "evaluate", "report")  # quick
 LEARNING = ("encode", "dit", *SHOWING)
@@ -54,6 +55,8 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "evaluation": SHOWING,
     "report": SHOWING,
 }
+# The number of steps of a training: until its learning rate decays, it makes the same with any.
+STEPS = {"vae.loop.steps": "vae", "dit.loop.steps": "dit"}
 # With data.on_change="restart_epoch" other data are taken, and looked at again by these alone.
 RESTARTED = ("prepare", *LEARNING)
 OUTPUTS = {
@@ -88,12 +91,15 @@ def claim(run: Run) -> None:
     if not path.exists():
         files.write_json(path, run.config)
         return
-    changes = configs.differences(files.read_json(path), run.config)
+    old = files.read_json(path)
+    changes = configs.differences(old, run.config)
     stages = {key: read_by(key) for key in changes}
     data = {key for key in changes if stages[key] == PREPARING}
     restarted = data if run.data.on_change == "restart_epoch" else set()
     begun = {
-        key: [name for name in stages[key] if _outputs(run, name)]
+        key: [
+            name for name in stages[key] if _outputs(run, name) and not _same(run, key, name, old)
+        ]
         for key in changes
         if key not in restarted
     }
@@ -124,6 +130,18 @@ def read_by(key: str) -> tuple[str, ...]:
     return READ_BY[known]
 
 
+def _same(run: Run, key: str, stage: str, old: dict) -> bool:
+    """Whether what a stage has made so far is what it would have made with the new value of `key`.
+
+    `old` is the config that the folder has begun with.
+    """
+    if STEPS.get(key) != stage:
+        return False
+    steps = min(run.loops[stage].steps, old[stage]["loop"]["steps"])
+    made = checkpoint.newest(run.path(stage, "checkpoints")) or 0
+    return made <= steps - run.optimizers[stage].decay_steps
+
+
 def _outputs(run: Run, stage: str) -> list[str]:
     """What is there of the output of a stage that is not quick."""
     paths = [run.path(name) for name in OUTPUTS.get(stage, ())]
@@ -136,6 +154,8 @@ def _bound(run: Run, changes: dict[str, str], begun: dict[str, list[str]]) -> In
     wrong = {key: changes[key] for key, names in begun.items() if names}
     data = any(read_by(key) == PREPARING for key in wrong)
     policy = ", or set data.on_change=restart_epoch to train on with other data" if data else ""
+    if STEPS.keys() & wrong.keys():
+        policy += "; until a training's learning rate decays its number of steps may change"
     return InputError(
         f"{run.workdir} was started with another config ({configs.told(wrong)}), which the output "
         f"of {', '.join(stages)} depends on; use the old value, or a new --workdir, or delete "

@@ -6,7 +6,7 @@ A row of packs is taken as one sample of its whole length, the dearest that it c
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -131,13 +131,15 @@ def place(
         try:
             placed.shard_shape(shape)
         except ValueError as error:
-            parts = " x ".join(
-                str(rules.parts(mesh, axis) if axis else 1)
+            parts = {
+                axis: rules.parts(mesh, axis)
                 for axis in sharding.batch_axes(name, shapes[name])
-            )
+                if axis
+            }
+            told = ", ".join(f"{axis} {count} ways" for axis, count in parts.items())
             raise InputError(
-                f"{case.text} do not divide over the mesh {_written(mesh)}: {name} {shape} is to "
-                f"split {parts} ways; use multiples of these, or another mesh"
+                f"{case.text} do not divide over the mesh {_written(mesh.shape)}, which splits "
+                f"{told}; use multiples of these, or another mesh"
             ) from error
         found[name] = jax.ShapeDtypeStruct(shape, shapes[name].dtype, sharding=placed)
     return found
@@ -179,7 +181,7 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     case = case_of(run, mesh, asked)
     lowered = lowered_step(run, case, mesh)  # first: it refuses what does not divide
     say(f"{run.config['name']}, {case.text}, {case.how}")
-    say(f"on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh {_written(mesh)}")
+    say(f"on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh {_written(mesh.shape)}")
     parts = held(run, case, mesh)
     rows = [(name, f"{size / chips.GIB:.2f}") for name, size in parts.items()]
     say(Table("state of a device", ("", "GiB"), rows, ()))
@@ -204,9 +206,9 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     }
 
 
-def _written(mesh: jax.sharding.Mesh) -> str:
-    """The axes of a mesh that have more than one device."""
-    sizes = [f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1]
+def _written(mesh: Mapping[str, int]) -> str:
+    """The axes of a mesh, by their sizes, that have more than one device."""
+    sizes = [f"{axis}={size}" for axis, size in mesh.items() if size > 1]
     return ", ".join(sizes) or "of one device"
 
 
@@ -337,6 +339,12 @@ class Choice:
     mfu: float
     peak_gib: float
 
+    def __str__(self) -> str:
+        return (
+            f"{_written(self.mesh)}, accumulate={self.accumulate}, remat={self.remat}: "
+            f"{1e3 * self.seconds:.1f} ms, MFU {100 * self.mfu:.1f} %, {self.peak_gib:.2f} GiB"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
@@ -346,12 +354,12 @@ class Refusal:
     accumulate: int
     why: str
 
+    def __str__(self) -> str:
+        return f"{_written(self.mesh)}, accumulate={self.accumulate}: {self.why}"
 
-def search(run_with, asked: Asked, devices) -> Iterator[Choice | Refusal]:
-    """Yields of each mesh and microbatch that rows, tokens and heads divide over the fastest remat.
 
-    Args:
-      run_with: the experiment as a `Run` with fields of another value, by their dotted names.
+def candidates(run: Run, asked: Asked, devices: int) -> list[tuple[dict[str, int], int]]:
+    """The meshes and microbatches that rows, tokens and heads divide over.
 
     Raises:
       InputError: another model than the transformer, no mesh that its rows divide over, or
@@ -367,22 +375,25 @@ def search(run_with, asked: Asked, devices) -> Iterator[Choice | Refusal]:
             f"--search varies fields of the transformer, and --model={asked.model} has none of "
             "them; leave --search out and give a mesh, such as --config.mesh.sequence=4"
         )
-    run = run_with({})
     rows, length = rows_case(run, asked.length or None, asked.rows or None).batch["text_ids_BL"][0]
-    shapes = list(shapes_of_mesh(run.dit, rows, length, len(devices)))
+    shapes = list(shapes_of_mesh(run.dit, rows, length, devices))
     if not shapes:
         raise InputError(
-            f"{rows} rows of {length} tokens divide over no mesh of {len(devices)} devices; give "
+            f"{rows} rows of {length} tokens divide over no mesh of {devices} devices; give "
             "--rows and --length of more powers of two"
         )
-    for mesh in shapes:
-        for accumulate in ACCUMULATE:
-            if rows % (mesh["fsdp"] * accumulate) == 0:
-                yield _best(run_with, asked, devices, mesh, accumulate)
+    return [
+        (mesh, accumulate)
+        for mesh, accumulate in itertools.product(shapes, ACCUMULATE)
+        if rows % (mesh["fsdp"] * accumulate) == 0
+    ]
 
 
-def _best(run_with, asked: Asked, devices, mesh, accumulate) -> Choice | Refusal:
-    """The fastest of what keeps something, else the first of what spares memory."""
+def best(run_with, asked: Asked, devices, mesh: dict, accumulate: int) -> Choice | Refusal:
+    """The fastest of the remats that keep something, else the first of those that spare memory.
+
+    `run_with` gives the experiment as a `Run` with fields of another value, by dotted names.
+    """
     fields = {f"mesh.{axis}": size for axis, size in mesh.items()}
     fields["dit.optimizer.accumulate"] = accumulate
 
@@ -397,8 +408,7 @@ def _best(run_with, asked: Asked, devices, mesh, accumulate) -> Choice | Refusal
         return Choice(mesh, accumulate, remat, seconds, mfu(case, seconds, made), peak)
 
     try:
-        kept = [found for remat in KEEPING if (found := choice(remat))]
-        if kept:
+        if kept := [found for remat in KEEPING if (found := choice(remat))]:
             return min(kept, key=lambda found: found.seconds)
         spared = (found for remat in SPARING if (found := choice(remat)))
         none = f"does not fit with any remat of {', '.join((*KEEPING, *SPARING))}"
@@ -407,19 +417,24 @@ def _best(run_with, asked: Asked, devices, mesh, accumulate) -> Choice | Refusal
         return Refusal(mesh, accumulate, str(error))
 
 
-def found(run_with, asked: Asked, devices, say: Callable[[object], None]) -> dict:
+def search(run_with, asked: Asked, devices, say: Callable[[object], None]) -> dict:
     """What a search finds: the choice of the least scheduled time, the others, what is none."""
-    choices, refused = [], []
-    for one in search(run_with, asked, devices):
-        (choices if isinstance(one, Choice) else refused).append(one)
-        say(one)
+    tried = candidates(run_with({}), asked, len(devices))
+    most = len(KEEPING) + len(SPARING)
+    say(f"{len(tried)} meshes and microbatches, each in up to {most} programs of some minutes")
+    found = []
+    for number, (mesh, accumulate) in enumerate(tried, 1):
+        found.append(best(run_with, asked, devices, mesh, accumulate))
+        say(f"{number} of {len(tried)}: {found[-1]}")
+    choices = [one for one in found if isinstance(one, Choice)]
     choices.sort(key=lambda choice: choice.seconds)
+    say(f"the fastest: {choices[0]}" if choices else "nothing fits")
     rows = [dataclasses.asdict(choice) for choice in choices]
     return {
         "fits": bool(rows),
         "best": rows[0] if rows else None,
         "others": rows[1:],
-        "refused": [dataclasses.asdict(one) for one in refused],
+        "refused": [dataclasses.asdict(one) for one in found if isinstance(one, Refusal)],
     }
 
 

@@ -4,6 +4,7 @@ import jax
 
 from vidsim.data import latents, packing, pipeline, prepare, tfds_source
 from vidsim.parallel import multihost
+from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
 from vidsim.stages import curriculum, tasks
 from vidsim.stages.run import Run
@@ -47,6 +48,18 @@ def latent_plan(run: Run, config: latents.Config, mark: str = "planned") -> late
     """What is encoded of the clips; without a `mark`, as it will be once there is a VAE."""
     channels = run.vae.latent_channels
     return latents.plan(run.clips.index, config, stride=run.stride, channels=channels, mark=mark)
+
+
+def check_mesh(run: Run) -> None:
+    """Finds before anything is made what does not divide over the devices of this run.
+
+    Raises:
+        InputError: the sizes of the mesh, rows or tokens of a phase, or heads.
+    """
+    for phase in run.phases:
+        tasks.check_divides(phase.pack.rows, phase.pack.lengths, run.mesh)
+    for heads in (run.dit.heads, *[run.text.heads] * bool(run.text.depth)):
+        ShardingRules().sharding(run.mesh, ("heads",), (heads,))
 
 
 def check_rows(run: Run) -> None:

@@ -16,7 +16,7 @@ from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
 from vidsim.stages import tasks
-from vidsim.stages.run import Run
+from vidsim.stages.run import SECTIONS, Run
 from vidsim.stages.trained import vae_only
 from vidsim.training import (
     checkpoint,
@@ -97,9 +97,22 @@ def train(run: Run, training: tasks.Training) -> dict:
             folder=str(run.path(training.name)),
             name=training.name,
         )
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise _no_memory(training.name, error) from error
+        raise
     finally:
         checkpoints.close()
     return {"steps": int(last.step), "parameters": trees.count(last.params)}
+
+
+def _no_memory(name: str, error: Exception) -> InputError:
+    section = SECTIONS.get(name, name)
+    return InputError(
+        f"{name}: a device has not the memory for a step ({str(error).splitlines()[0]}); its "
+        f"checkpoints are kept; raise {section}.optimizer.accumulate, make the batches of "
+        f"{section} smaller, use more devices, or see what fits a slice by `vidsim compile`"
+    )
 
 
 def _note_change(run: Run, training: tasks.Training, checkpoints: checkpoint.Checkpoints) -> None:

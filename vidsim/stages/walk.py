@@ -164,6 +164,7 @@ def _now_and_then(note: Callable[[], None]) -> Iterator[None]:
 
 def run_all(run: Run) -> dict:
     """All stages; the summary that `vidsim run` prints."""
+    inputs.check_mesh(run)
     results = {}
     for name in STAGES:
         if name == "vae":

@@ -18,6 +18,7 @@ from vidsim.layers.linear import Linear, SwiGLU
 from vidsim.layers.norms import RMSNorm, rms_normalise
 from vidsim.layers.parameter import parameter, weight
 from vidsim.layers.rotary import angles, rotate
+from vidsim.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Block(nnx.Module):
     def __call__(self, x_BLF, segment_ids_BL, positions_BL3):
         B, L, F = x_BLF.shape
         # Head by head, so that devices can share the heads.
-        qkv = self.qkv(self.norm_attention(x_BLF)).reshape(B, L, -1, 3, F // self.heads)
+        heads = sharding.own(self.heads, "heads")
+        qkv = self.qkv(self.norm_attention(x_BLF)).reshape(B, L, heads, 3, F // self.heads)
         q, k, v = (qkv[:, :, :, i] for i in range(3))
         rotation = angles(positions_BL3, F // self.heads)
         q, k = rotate(rms_normalise(q), rotation), rotate(rms_normalise(k), rotation)

@@ -112,6 +112,9 @@ def run(
     writer = MetricsWriter(folder, step=first) if multihost.is_main() else None
     if writer and first:
         print(f"{name} resumes at step {first}", file=sys.stderr)
+    if writer and profile and max(first, profile.start) >= min(config.steps, profile.stop):
+        text = f"--profile={profile.start}:{profile.stop} traces none of the steps of {name}"
+        print(f"{text}: {first} to {config.steps}", file=sys.stderr)
     pending: tuple[int, dict, dict] | None = None
     skipped = 0.0  # steps in a row, counted on the device
 

@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optax.contrib import scale_by_muon
 
 from vidsim import trees
+from vidsim.parallel.mesh import ACROSS
 from vidsim.parallel.sharding import mesh_axes
 
 BETA = 0.95
@@ -148,8 +149,8 @@ def _spread_group(stacks: list[jax.Array], mesh: jax.sharding.Mesh, sides: tuple
     """`_orthogonal` of every matrix of stacks [S, R, C] whose sides are split as `sides` say."""
     split = [(axis, mesh_axes(entry)) for axis, (_, entry) in enumerate(sides, 1) if entry]
     taken = {name for _, names in split for name in names}
-    # Whole copies each do all of the work: what links them is slow.
-    free = tuple(a for a, n in mesh.shape.items() if n > 1 and a not in {*taken, "replica"})
+    # Whole copies that slower links may join each do all of the work.
+    free = tuple(a for a, n in mesh.shape.items() if n > 1 and a not in {*taken, *ACROSS})
     devices = math.prod(mesh.shape[name] for name in (*taken, *free))
     ends = [sum(len(stack) for stack in stacks[: n + 1]) for n in range(len(stacks))]
 

@@ -11,6 +11,7 @@ import optax
 
 from vidsim import trees
 from vidsim.errors import InputError
+from vidsim.layers.parameter import check_dtype
 from vidsim.training import muon
 
 # Embeddings, inputs, heads and modulation weights are no hidden matrices: AdamW serves them.
@@ -39,6 +40,7 @@ class Config:
     def __post_init__(self):
         if self.accumulate < 1:
             raise InputError(f"accumulate={self.accumulate} is under 1; use 1 for whole batches")
+        check_dtype(self.muon_dtype, "muon_dtype")
         if self.muon_scale not in muon.SCALES:
             raise InputError(f"muon_scale={self.muon_scale!r} is none of {sorted(muon.SCALES)}")
         widths = self.ema_sigma_rels

@@ -1,9 +1,12 @@
-"""A trace of chosen steps, for xprof: `xprof --port 6006 FOLDER`, or TensorBoard's profile tab."""
+"""A trace of chosen steps, for xprof (pip install xprof): `xprof --port 6006 FOLDER`."""
 
 import os
+import sys
 from collections.abc import Callable
 
 import jax
+
+from vidsim.parallel import multihost
 
 
 class Trace:
@@ -29,4 +32,6 @@ class Trace:
             jax.profiler.start_trace(self._folder)
         if self._running and not on:
             jax.profiler.stop_trace()
+            if multihost.is_main():
+                print(f"a trace is in {self._folder}, for xprof", file=sys.stderr)
         self._running = on
