@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from vidsim.layers.norms import EPSILON, rms_normalise
+from vidsim.layers.norms import EPSILON, rms_normalise, scaled
 
 
 def definition(x):
@@ -29,3 +29,13 @@ def test_in_bfloat16_only_what_comes_out_is_rounded():
     for found, wanted in ((y, exact), (pull(g)[0], exact_pull(g.astype(jnp.float32))[0])):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_array_equal(found, wanted.astype(jnp.bfloat16))
+
+
+def test_the_gradient_of_a_scale_is_summed_in_float32():
+    x, g = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4096, 8)), jnp.bfloat16)
+    y, pull = jax.vjp(scaled, x, jnp.full(8, 1.5))
+    by_x, by_scale = pull(g)
+    assert y.dtype == by_x.dtype == jnp.bfloat16
+    exact = np.sum(np.asarray(x, np.float64) * np.asarray(g, np.float64), axis=0)
+    # Of 4096 terms around 1: 64 is their sum's size, 2^-8 of which bfloat16 would leave.
+    np.testing.assert_allclose(by_scale, exact, atol=64 * 2.0**-14)
