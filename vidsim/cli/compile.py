@@ -21,7 +21,12 @@ def define_flags() -> None:
         "topology", "", "TPU slice, such as v5p:4x4x8; by default the experiment's."
     )
     flags.DEFINE_enum("model", "dit", ("dit", "vae"), "Whose step to compile.")
-    flags.DEFINE_integer("length", 0, "Tokens of a row; by default the longest.", lower_bound=0)
+    flags.DEFINE_integer(
+        "length",
+        0,
+        "Tokens of a row; by default the longest. A step has as many tokens in any case.",
+        lower_bound=0,
+    )
     flags.DEFINE_integer("rows", 0, "Rows of a step; by default the experiment's.", lower_bound=0)
     flags.DEFINE_string("clip", "", "For the autoencoder: FRAMESxHEIGHTxWIDTH of its clips.")
     flags.DEFINE_integer("clips", 0, "Clips of a step; by default one a device.", lower_bound=0)

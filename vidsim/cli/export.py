@@ -52,6 +52,7 @@ def main() -> dict:
         }
         models.save(loaded, FLAGS.out, about=about)
         facts = files.read_json(pathlib.Path(FLAGS.out) / "model.json")
-        return {"out": FLAGS.out, "weights": FLAGS.weights, "parameters": facts["parameters"]}
+        told = {"out": FLAGS.out, "weights": FLAGS.weights, "step": step}
+        return told | {"parameters": facts["parameters"]}
 
     return multihost.run_once(work, "export")

@@ -1,6 +1,9 @@
 """All stages of an experiment in order, each skipped when its output is complete."""
 
+import sys
+
 from vidsim.cli import experiment
+from vidsim.parallel import multihost
 from vidsim.stages import walk
 
 
@@ -13,4 +16,7 @@ def main() -> dict:
     steps = experiment.traced()
     run = experiment.open_run()
     run.profile = steps
-    return walk.run_all(run)
+    summary = walk.run_all(run)
+    if multihost.is_main():
+        print(f"look at {summary['report']}", file=sys.stderr)
+    return summary

@@ -181,7 +181,9 @@ def told_of(run: Run, asked: Asked, devices, say: Callable[[object], None]) -> d
     case = case_of(run, mesh, asked)
     lowered = lowered_step(run, case, mesh)  # first: it refuses what does not divide
     say(f"{run.config['name']}, {case.text}, {case.how}")
-    say(f"on {mesh.devices.size} x {mesh.devices.flat[0].device_kind}, mesh {_written(mesh.shape)}")
+    device = mesh.devices.flat[0]
+    name = chip.name if (chip := chips.of(device)) else device.device_kind
+    say(f"on {mesh.devices.size} x {name}, mesh {_written(mesh.shape)}")
     parts = held(run, case, mesh)
     rows = [(name, f"{size / chips.GIB:.2f}") for name, size in parts.items()]
     say(Table("state of a device", ("", "GiB"), rows, ()))
