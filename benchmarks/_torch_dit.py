@@ -29,10 +29,15 @@ def rms_normalise(x: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(x.float(), x.shape[-1:], eps=EPSILON).to(x.dtype)
 
 
+def scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (x.float() * scale).to(x.dtype)
+
+
 def rotate(x_BLNK, cos_LK, sin_LK):
-    first, second = x_BLNK.chunk(2, dim=-1)
-    cos, sin = cos_LK[:, None].to(x_BLNK.dtype), sin_LK[:, None].to(x_BLNK.dtype)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    first, second = x_BLNK.float().chunk(2, dim=-1)
+    cos, sin = cos_LK[:, None], sin_LK[:, None]
+    turned = first * cos - second * sin, second * cos + first * sin
+    return torch.cat(turned, dim=-1).to(x_BLNK.dtype)
 
 
 class Block(nn.Module):
@@ -54,8 +59,8 @@ class Block(nn.Module):
         )
         h = rms_normalise(x_BLD) * (1 + scale_a) + shift_a
         q, k, v = (f(h).view(B, L, self.heads, -1) for f in (self.query, self.key, self.value))
-        q = rotate(rms_normalise(q) * self.query_scale.to(q.dtype), cos_LK, sin_LK)
-        k = rotate(rms_normalise(k) * self.key_scale.to(k.dtype), cos_LK, sin_LK)
+        q = rotate(scaled(rms_normalise(q), self.query_scale), cos_LK, sin_LK)
+        k = rotate(scaled(rms_normalise(k), self.key_scale), cos_LK, sin_LK)
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, L, D)
         x_BLD = x_BLD + gate_a * self.out(attended)
@@ -142,15 +147,12 @@ class Step:
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in row.items()}
         self.x0, self.is_patch = tensors["patches_BLP"], ~tensors["is_text_BL"]
         index_L = tensors["time_index_BL"][0]
-        angles_Lk = torch.from_numpy(
-            np.array(rotary.angles(row["positions_BL3"][0], config.width // config.heads))
-        ).to(self.device)
+        rotation = rotary.rotation(row["positions_BL3"][0], config.width // config.heads)
         # One segment has three times (none, a first, a second), of which the row uses two.
         self.row = (
             tensors["is_text_BL"][0],
             F.one_hot(index_L.long(), 3),
-            angles_Lk.cos(),
-            angles_Lk.sin(),
+            *(torch.from_numpy(np.array(part_Lk)).to(self.device) for part_Lk in rotation),
         )
         self.text_ids = tensors["text_ids_BL"]
         model = DiT(config, text, self.x0.shape[-1], checkpointed=checkpointed).to(self.device)

@@ -10,7 +10,7 @@ COMPRESSION = (4, 8)  # frames, pixels of a latent
 
 @jax.jit
 def scores(q_BLNK, k_BLNK, positions_BL3):
-    rotation = rotary.angles(positions_BL3, q_BLNK.shape[-1])
+    rotation = rotary.rotation(positions_BL3, q_BLNK.shape[-1])
     return jnp.einsum(
         "BLNK,BMNK->BNLM", rotary.rotate(q_BLNK, rotation), rotary.rotate(k_BLNK, rotation)
     )
@@ -86,5 +86,5 @@ def test_heads_are_split_44_42_42():
 @pytest.mark.parametrize("pairs", [1, 2, 5, 16, 32, 48])
 def test_every_pair_has_an_axis(pairs):
     assert sum(rotary.split_pairs(pairs)) == pairs
-    shape = jax.eval_shape(lambda p: rotary.angles(p, 2 * pairs), np.ones((1, 2, 3))).shape
-    assert shape == (1, 2, pairs)
+    cos, sin = jax.eval_shape(lambda p: rotary.rotation(p, 2 * pairs), np.ones((1, 2, 3)))
+    assert cos.shape == sin.shape == (1, 2, pairs)

@@ -391,13 +391,18 @@ def _size(length: int, block: int) -> int:
     return length if count == 1 else -(-length // (count * LINE)) * LINE
 
 
+def _whole(x):
+    """x, made before it is turned: to make and turn at once takes XLA up to four times as long."""
+    return lax.optimization_barrier(x)
+
+
 def _columns(x_BLNK):
     """[B * N, K, L], with tokens as columns."""
     B, L, N, K = x_BLNK.shape
-    return x_BLNK.transpose(0, 2, 3, 1).reshape(B * N, K, L)
+    return _whole(x_BLNK).transpose(0, 2, 3, 1).reshape(B * N, K, L)
 
 
 def _rows(x_BLNK):
     """[B * N, L, K]"""
     B, L, N, K = x_BLNK.shape
-    return x_BLNK.transpose(0, 2, 1, 3).reshape(B * N, L, K)
+    return _whole(x_BLNK).transpose(0, 2, 1, 3).reshape(B * N, L, K)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from vidsim.layers.linear import inner
+from vidsim.parallel import sharding
 
 EPSILON = 1e-6
 
@@ -39,6 +40,10 @@ def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     So the gradient of `scale` is a sum in float32. In bfloat16, over 384 tokens of 8 heads, it was
     5 % off.
     """
+    if (
+        sharding.platform() == "cpu"
+    ):  # a row of a stack, read as it is used, is read number by number
+        scale = jax.lax.optimization_barrier(scale)
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 

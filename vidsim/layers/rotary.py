@@ -47,18 +47,19 @@ def split_pairs(pairs: int) -> tuple[int, int, int]:
     return pairs - 2 * space, space, space
 
 
-def angles(positions_BL3: jax.Array, head_dim: int) -> jax.Array:
-    """Rotation angles [B, L, head_dim // 2] in float32."""
+def rotation(positions_BL3: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [B, L, head_dim // 2] of the angles of every pair, float32."""
     parts = []
     for axis, pairs in enumerate(split_pairs(head_dim // 2)):
         frequencies = MAX_FREQUENCY * BASE ** (-jnp.arange(pairs) / max(pairs, 1))
         parts.append(positions_BL3[..., axis, None] * frequencies)
-    return jnp.concatenate(parts, axis=-1)
+    angles_BLk = jnp.concatenate(parts, axis=-1)
+    return jnp.cos(angles_BLk), jnp.sin(angles_BLk)
 
 
-def rotate(x_BLNK: jax.Array, angles_BLk: jax.Array) -> jax.Array:
-    """Rotates the pairs (k, k + K/2) of every head."""
-    cos = jnp.cos(angles_BLk)[:, :, None].astype(x_BLNK.dtype)
-    sin = jnp.sin(angles_BLk)[:, :, None].astype(x_BLNK.dtype)
-    first, second = jnp.split(x_BLNK, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+def rotate(x_BLNK: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the pairs (k, k + K/2) of every head, in float32; in x's dtype."""
+    cos, sin = (part_BLk[:, :, None] for part_BLk in rotation)
+    first, second = jnp.split(x_BLNK.astype(jnp.float32), 2, axis=-1)
+    turned = first * cos - second * sin, second * cos + first * sin
+    return jnp.concatenate(turned, axis=-1).astype(x_BLNK.dtype)

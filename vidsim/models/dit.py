@@ -27,12 +27,11 @@ from vidsim.attention import segments
 from vidsim.attention import tiles as sliding
 from vidsim.diffusion import flow
 from vidsim.errors import InputError
-from vidsim.layers import quantised
+from vidsim.layers import quantised, rotary
 from vidsim.layers.kept import kept
 from vidsim.layers.linear import Linear, SwiGLU, xavier
 from vidsim.layers.norms import rms_normalise, scaled
 from vidsim.layers.parameter import check_dtype, parameter
-from vidsim.layers.rotary import angles, rotate
 from vidsim.layers.time_embedding import TimeEmbedding
 from vidsim.parallel import sharding
 from vidsim.text import encoder
@@ -193,6 +192,14 @@ class Tokens(NamedTuple):
     time_index_BL: jax.Array
 
 
+def picked(chosen_BLS: jax.Array, rows_BSD: jax.Array) -> jax.Array:
+    """The row of each token, by a product with ones: the gradient of a gather is a slow scatter."""
+    dtype = rows_BSD.dtype
+    if sharding.platform() == "cpu":  # products of so few rows are slow in bfloat16
+        chosen_BLS, rows_BSD = (x.astype(jnp.float32) for x in (chosen_BLS, rows_BSD))
+    return (chosen_BLS @ rows_BSD).astype(dtype)
+
+
 class Block(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width, self.heads = config.width, config.heads
@@ -210,13 +217,13 @@ class Block(nnx.Module):
         zeros = nnx.initializers.zeros
         self.modulation = parameter(zeros, (MODULATIONS, width), axes=(None, None), rngs=rngs)
 
-    def __call__(self, x_BLD, modulation_BS6D, chosen_BLS, tokens: Tokens, tiles=None):
+    def __call__(self, x_BLD, modulation_BS6D, chosen_BLS, rotation, segment_ids_BL, tiles=None):
         """`chosen_BLS` is 1 where a token's segment and time are those of a row of modulation."""
         B, L, D = x_BLD.shape
         heads, head_dim = sharding.own(self.heads, "heads"), D // self.heads
         modulation_BS6D = modulation_BS6D + self.modulation[...].astype(x_BLD.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = (
-            chosen_BLS @ modulation_BS6D[:, :, i] for i in range(MODULATIONS)
+            picked(chosen_BLS, modulation_BS6D[:, :, i]) for i in range(MODULATIONS)
         )
         x_BLD = kept(x_BLD, "layer_input")
         h = rms_normalise(x_BLD) * (1 + scale_a) + shift_a
@@ -224,10 +231,9 @@ class Block(nnx.Module):
             kept(f(h), "qkv").reshape(B, L, heads, head_dim)
             for f in (self.query, self.key, self.value)
         )
-        rotation = angles(tokens.positions_BL3, head_dim)
-        q = rotate(scaled(rms_normalise(q), self.query_scale[...]), rotation)
-        k = rotate(scaled(rms_normalise(k), self.key_scale[...]), rotation)
-        attended = segments.attend(q, k, v, tokens.segment_ids_BL, tiles)
+        q = rotary.rotate(scaled(rms_normalise(q), self.query_scale[...]), rotation)
+        k = rotary.rotate(scaled(rms_normalise(k), self.key_scale[...]), rotation)
+        attended = segments.attend(q, k, v, segment_ids_BL, tiles)
         attended = kept(self.out(attended.reshape(B, L, -1)), "attention_out")
         x_BLD = x_BLD + gate_a * attended
         h = rms_normalise(x_BLD) * (1 + scale_m) + shift_m
@@ -298,8 +304,7 @@ class DiT(nnx.Module):
         x_BLD = self.patches_in(patches_BLP.astype(dtype)) * (1 - is_text)
         x_BLD = x_BLD + self.text_in(features)
 
-        # One row of modulation for each (segment, time); a product with ones gathers each token's,
-        # because the gradient of a real gather is a slow scatter.
+        # One row of modulation for each (segment, time).
         segment = jnp.maximum(tokens.segment_ids_BL - 1, 0)
         row_BL = segment * 3 + tokens.time_index_BL
         embedded_BSD = jax.nn.silu(self.time(times_BM3.reshape(B, -1)).astype(dtype))
@@ -307,15 +312,17 @@ class DiT(nnx.Module):
         modulation = self.modulation(embedded_BSD).reshape(B, -1, MODULATIONS, self.config.width)
 
         graphdef, stacked = nnx.split(self.blocks)
+        turned = rotary.rotation(tokens.positions_BL3, self.config.width // self.config.heads)
+        of_row = modulation, chosen_BLS, turned, tokens.segment_ids_BL, tiles
 
         def body(x, layer):
-            return nnx.merge(graphdef, layer)(x, modulation, chosen_BLS, tokens, tiles), None
+            return nnx.merge(graphdef, layer)(x, *of_row), None
 
         remat = REMAT_POLICIES.get(self.config.remat, self.config.remat)
         if remat is not None:
             body = jax.checkpoint(body, policy=remat.policy(), prevent_cse=False)
         x_BLD, _ = jax.lax.scan(body, x_BLD, stacked, unroll=self.config.unroll)
 
-        shift, scale = jnp.split(chosen_BLS @ self.head_modulation(embedded_BSD), 2, axis=-1)
+        shift, scale = jnp.split(picked(chosen_BLS, self.head_modulation(embedded_BSD)), 2, axis=-1)
         x_BLD = rms_normalise(x_BLD) * (1 + scale) + shift
         return self.head(x_BLD).astype(jnp.float32)

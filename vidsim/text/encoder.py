@@ -14,10 +14,10 @@ from flax import nnx
 
 from vidsim.attention import segments
 from vidsim.errors import InputError
+from vidsim.layers import rotary
 from vidsim.layers.linear import Linear, SwiGLU
 from vidsim.layers.norms import RMSNorm, rms_normalise
 from vidsim.layers.parameter import parameter, weight
-from vidsim.layers.rotary import angles, rotate
 from vidsim.parallel import sharding
 
 
@@ -56,14 +56,13 @@ class Block(nnx.Module):
         self.out = Linear(width, width, axes=("heads", "embed"), rngs=rngs)
         self.mlp = SwiGLU(width, 2 * width, rngs=rngs)
 
-    def __call__(self, x_BLF, segment_ids_BL, positions_BL3):
+    def __call__(self, x_BLF, segment_ids_BL, rotation):
         B, L, F = x_BLF.shape
         # Head by head, so that devices can share the heads.
         heads = sharding.own(self.heads, "heads")
         qkv = self.qkv(self.norm_attention(x_BLF)).reshape(B, L, heads, 3, F // self.heads)
         q, k, v = (qkv[:, :, :, i] for i in range(3))
-        rotation = angles(positions_BL3, F // self.heads)
-        q, k = rotate(rms_normalise(q), rotation), rotate(rms_normalise(k), rotation)
+        q, k = (rotary.rotate(rms_normalise(x), rotation) for x in (q, k))
         attended = segments.attend(q, k, v, segment_ids_BL)
         x_BLF = x_BLF + self.out(attended.reshape(B, L, -1))
         return x_BLF + self.mlp(self.norm_mlp(x_BLF))
@@ -94,6 +93,7 @@ class Encoder(nnx.Module):
         x_BLF = table[text_ids_BL].astype(dtype)
         # What is no text is padding here, so attention costs what the prompts cost.
         segment_ids_BL = jnp.where(is_text_BL, segment_ids_BL, 0)
+        turned = rotary.rotation(positions_BL3, self.config.features // self.config.heads)
         for block in self.blocks:
-            x_BLF = block(x_BLF, segment_ids_BL, positions_BL3)
+            x_BLF = block(x_BLF, segment_ids_BL, turned)
         return self.norm(x_BLF) * is_text_BL[..., None].astype(dtype)
