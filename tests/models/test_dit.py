@@ -379,7 +379,8 @@ def test_outputs_and_weights_are_float32_where_activations_are_bfloat16():
 
 
 @pytest.mark.parametrize("text_depth", [0, 1])
-def test_heads_that_a_mesh_does_not_divide_are_told(params, text_depth):
+def test_heads_that_a_mesh_does_not_divide_are_told(monkeypatch, text_depth):
+    monkeypatch.setattr(sharding, "platform", lambda: "cpu")  # the mesh is of no devices
     text = dataclasses.replace(TEXT, depth=text_depth)
     held = state.abstract_params(lambda rngs: make_model(rngs, text=text))
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 1, 4), meshes.AXES)

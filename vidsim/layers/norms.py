@@ -40,9 +40,8 @@ def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
     So the gradient of `scale` is a sum in float32. In bfloat16, over 384 tokens of 8 heads, it was
     5 % off.
     """
-    if (
-        sharding.platform() == "cpu"
-    ):  # a row of a stack, read as it is used, is read number by number
+    if sharding.platform() == "cpu":
+        # Otherwise each number reads it anew from the stack of all layers, 14 times as slowly.
         scale = jax.lax.optimization_barrier(scale)
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
