@@ -160,7 +160,7 @@ def test_what_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch
 def test_rows_that_do_not_divide_are_told_by_how_many_parts():
     mesh = jax.sharding.AbstractMesh((1, 1, 2, 1, 1), meshes.AXES)
     case = compiling.rows_case(run_with({}), rows=3, length=64)
-    with pytest.raises(InputError, match=r"over the mesh fsdp=2, which splits batch 2 ways, "):
+    with pytest.raises(InputError, match=r"over the mesh fsdp=2, which splits batch 2 ways; use"):
         compiling.place(case, mesh, ShardingRules())
 
 

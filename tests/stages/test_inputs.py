@@ -4,12 +4,14 @@ import json
 import runpy
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from vidsim import files
 from vidsim.data import engine, filters, pipeline, prepare, video
 from vidsim.errors import InputError
+from vidsim.parallel import mesh
 from vidsim.stages import claims, inputs, tasks
 from vidsim.stages.run import Run
 from vidsim.text import tokenizer
@@ -34,6 +36,24 @@ def films(tmp_path) -> str:
     film = stills.repeat(8, 1).repeat(8, 2).repeat(20, 0)
     video.write_video(tmp_path / "films" / "film.mp4", film, 12)
     return str(tmp_path / "films")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fsdp": 3}, "packs of 8 rows do not divide over 3 devices"),
+        ({"fsdp": 2, "sequence": 4}, "dit.model.heads=2 do not divide over mesh .* = 4"),
+        ({"tensor": 3}, "'heads' of size 32 does not divide over mesh tensor = 3"),
+    ],
+)
+def test_what_does_not_divide_over_the_devices_is_told_before_any_stage(run_of, sizes, message):
+    run = run_of("run")
+    shape = [sizes.get(axis, 1) for axis in mesh.AXES]
+    run.__dict__["mesh"] = jax.sharding.AbstractMesh(tuple(shape), mesh.AXES)
+    with pytest.raises(InputError, match=message):
+        inputs.check_mesh(run)
+    run.__dict__["mesh"] = jax.sharding.AbstractMesh((1, 1, 4, 2, 1), mesh.AXES)
+    inputs.check_mesh(run)
 
 
 def test_clips_are_prepared_where_and_as_the_experiment_says(run_of, films, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import runpy
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,3 +61,21 @@ def test_published_weights_are_not_loaded_to_be_counted(run_of):
     assert training.train_vae(run)["parameters"] > 1000
     found = files.read_json(run.path("vae", "latent_statistics.json"))
     np.testing.assert_array_equal(found["std_C"], np.ones(16))
+
+
+@pytest.mark.parametrize("said", ["RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", "other"])
+def test_a_step_that_has_no_room_is_told_with_the_remedy(run_of, monkeypatch, said):
+    def no_room(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(said + "\nand a long trace")
+
+    run = run_of()
+    task = tasks.Training(
+        **vars(tasks.dit_task(run)), batches=None, data=None, evaluators=lambda run: {}
+    )
+    monkeypatch.setattr(training.loop, "run", no_room)
+    if said == "other":
+        with pytest.raises(jax.errors.JaxRuntimeError, match="other"):
+            training.train(run, task)
+        return
+    with pytest.raises(InputError, match=r"dit: a device has not the memory .* 9 bytes\); check"):
+        training.train(run, task)

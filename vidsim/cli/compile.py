@@ -24,7 +24,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "length",
         0,
-        "Tokens of a row; by default the longest. A step has as many tokens in any case.",
+        "Tokens of a row; by default the longest. Without --rows a step has about as many tokens.",
         lower_bound=0,
     )
     flags.DEFINE_integer("rows", 0, "Rows of a step; by default the experiment's.", lower_bound=0)

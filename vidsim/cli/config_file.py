@@ -62,7 +62,7 @@ def fields_beside(config: ConfigDict, name: str) -> str:
         if part not in config or not isinstance(config[part], ConfigDict):
             break
         config, where = config[part], f"{where}.{part}"
-    return f"{where} has {', '.join(sorted(config))}; others are set in its file"
+    return f"{where} has {', '.join(sorted(config))}; another is added in the file"
 
 
 def _own_line(error: Exception, path: str) -> str:

@@ -154,7 +154,7 @@ def _bound(run: Run, changes: dict[str, str], begun: dict[str, list[str]]) -> In
     wrong = {key: changes[key] for key, names in begun.items() if names}
     data = any(read_by(key) == PREPARING for key in wrong)
     policy = ", or set data.on_change=restart_epoch to train on with other data" if data else ""
-    if STEPS.keys() & wrong.keys():
+    if any(STEPS.get(key) in begun[key] for key in wrong):
         policy += "; until a training's learning rate decays its number of steps may change"
     return InputError(
         f"{run.workdir} was started with another config ({configs.told(wrong)}), which the output "

@@ -131,12 +131,9 @@ def place(
         try:
             placed.shard_shape(shape)
         except ValueError as error:
-            parts = {
-                axis: rules.parts(mesh, axis)
-                for axis in sharding.batch_axes(name, shapes[name])
-                if axis
-            }
-            told = ", ".join(f"{axis} {count} ways" for axis, count in parts.items())
+            axes = filter(None, sharding.batch_axes(name, shapes[name]))
+            parts = {axis: rules.parts(mesh, axis) for axis in axes}
+            told = ", ".join(f"{axis} {n} ways" for axis, n in parts.items() if n > 1)
             raise InputError(
                 f"{case.text} do not divide over the mesh {_written(mesh.shape)}, which splits "
                 f"{told}; use multiples of these, or another mesh"
@@ -415,8 +412,8 @@ def best(run_with, asked: Asked, devices, mesh: dict, accumulate: int) -> Choice
         spared = (found for remat in SPARING if (found := choice(remat)))
         none = f"does not fit with any remat of {', '.join((*KEEPING, *SPARING))}"
         return next(spared, Refusal(mesh, accumulate, none))
-    except InputError as error:  # which no other remat mends
-        return Refusal(mesh, accumulate, str(error))
+    except (InputError, jax.errors.JaxRuntimeError) as error:  # which no other remat mends
+        return Refusal(mesh, accumulate, str(error).splitlines()[0])
 
 
 def search(run_with, asked: Asked, devices, say: Callable[[object], None]) -> dict:

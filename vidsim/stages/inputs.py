@@ -1,8 +1,11 @@
 """The stages before training: world, shards, tokenizer; and the latents between the trainings."""
 
+import math
+
 import jax
 
 from vidsim.data import latents, packing, pipeline, prepare, tfds_source
+from vidsim.errors import InputError
 from vidsim.parallel import multihost
 from vidsim.parallel.sharding import ShardingRules
 from vidsim.sampling import generate
@@ -10,6 +13,7 @@ from vidsim.stages import curriculum, tasks
 from vidsim.stages.run import Run
 from vidsim.stages.trained import latent_mark, load_vae
 from vidsim.text import tokenizer
+from vidsim.training import state
 from vidsim.worlds import physics as world
 
 
@@ -51,15 +55,23 @@ def latent_plan(run: Run, config: latents.Config, mark: str = "planned") -> late
 
 
 def check_mesh(run: Run) -> None:
-    """Finds before anything is made what does not divide over the devices of this run.
+    """Finds before any stage what of the transformer does not divide over the devices of this run.
 
     Raises:
-        InputError: the sizes of the mesh, rows or tokens of a phase, or heads.
+        InputError: the mesh over the devices; rows or tokens of a phase, parameters or heads over
+            the mesh.
     """
     for phase in run.phases:
         tasks.check_divides(phase.pack.rows, phase.pack.lengths, run.mesh)
-    for heads in (run.dit.heads, *[run.text.heads] * bool(run.text.depth)):
-        ShardingRules().sharding(run.mesh, ("heads",), (heads,))
+    state.shardings_of_params(tasks.dit_task(run).make_model, run.mesh, ShardingRules())
+    encoder = {"dit.text.heads": run.text.heads} if run.text.depth else {}
+    for name, heads in ({"dit.model.heads": run.dit.heads} | encoder).items():
+        parts = math.prod(run.mesh.shape[axis] for axis in ("tensor", "sequence"))
+        if heads % parts:
+            raise InputError(
+                f"{name}={heads} do not divide over mesh tensor x sequence = {parts}; use a "
+                f"multiple of {parts}, or a smaller axis"
+            )
 
 
 def check_rows(run: Run) -> None:

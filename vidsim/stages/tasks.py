@@ -205,15 +205,14 @@ def dit_task(run: Run) -> Task:
     )
 
 
-def x0_error(run: Run, mesh: jax.sharding.Mesh | None = None) -> Callable:
+def _x0_error(run: Run, graphdef) -> Callable:
     """`objectives.x0_error_at(t, params, pack, key)`, on the mesh that trains."""
-    mesh, graphdef = mesh or run.mesh, state.graph_of(dit_task(run).make_model)
 
     def error_at(*args):
-        with sharding.using(mesh, ShardingRules()):
+        with sharding.using(run.mesh, ShardingRules()):
             return objectives.x0_error_at(graphdef, run.dit.prediction, *args)
 
-    return jax.jit(error_at, compiler_options=compiling.step_options(mesh))
+    return jax.jit(error_at, compiler_options=compiling.step_options(run.mesh))
 
 
 def _dit_validation(run: Run, error_at, packs: list[dict], train_state, step_number):
@@ -299,7 +298,8 @@ def dit_training(run: Run) -> Training:
         with contextlib.closing(pipeline.packs(own, held_out, run.pipeline, start=0)) as data:
             packs = list(itertools.islice(data, run.evaluation.batches))
         # Last: rows of val say that a step is evaluated, and its samples would not be made again.
-        return {**samples, "val": functools.partial(_dit_validation, run, x0_error(run), packs)}
+        error_at = _x0_error(run, state.graph_of(task.make_model))
+        return {**samples, "val": functools.partial(_dit_validation, run, error_at, packs)}
 
     return Training(
         **vars(task),

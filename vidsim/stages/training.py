@@ -109,9 +109,10 @@ def train(run: Run, training: tasks.Training) -> dict:
 def _no_memory(name: str, error: Exception) -> InputError:
     section = SECTIONS.get(name, name)
     return InputError(
-        f"{name}: a device has not the memory for a step ({str(error).splitlines()[0]}); its "
-        f"checkpoints are kept; raise {section}.optimizer.accumulate, make the batches of "
-        f"{section} smaller, use more devices, or see what fits a slice by `vidsim compile`"
+        f"{name}: a device has not the memory for a step or an evaluation "
+        f"({str(error).splitlines()[0]}); checkpoints are kept; use more devices, or in a new "
+        f"--workdir a larger {section}.optimizer.accumulate or smaller batches; `vidsim compile` "
+        "tells what fits a slice"
     )
 
 

@@ -154,8 +154,8 @@ def run(
                     values = {f"{label}/{key}": value for key, value in evaluate(state, step)}
                     if writer and values:
                         writer.write(step, values)
-                # Process 0 may evaluate for longer than the others' collectives wait.
-                multihost.barrier(f"{name} evaluated")
+                    # Process 0 may evaluate for longer than the others' collectives wait.
+                    multihost.barrier(f"{name} evaluated {label}")
             if stop or last or (step > first and step % config.checkpoint_every == 0):
                 timing.pause()
                 log()
