@@ -8,7 +8,7 @@ from absl import flags
 
 from vidsim.cli import experiment
 from vidsim.errors import InputError
-from vidsim.stages import compiling
+from vidsim.stages import compiling, searching
 from vidsim.stages.run import Run
 from vidsim.training import aot
 
@@ -69,7 +69,7 @@ def main() -> dict:
         "quick": asked.quick,
     }
     if FLAGS.search:
-        return about | compiling.search(run_with, asked, devices, say)
+        return about | searching.search(run_with, asked, devices, say)
     return about | compiling.told_of(run, asked, devices, say)
 
 
